@@ -1,0 +1,81 @@
+"""The dimension key, and the few tuples that cross from one room to another.
+
+Array names end in the letters of their axes, outermost first, so that
+``jnp.einsum("BE,BCE->BC", query_BE, passages_BCE)`` can be checked by eye.
+
+========  =====================================================
+``B``     rows of a batch
+``C``     passages (candidates) per example
+``L``     tokens of a row (queries of attention)
+``M``     attended tokens (keys of attention)
+``T``     loss-carrying tokens of a row
+``D``     model width
+``H``     query heads
+``G``     key/value heads
+``K``     size of one head
+``F``     MLP width
+``V``     vocabulary
+``E``     embedding width of the retriever
+``N``     passages in the index
+``S``     stacked layers
+========  =====================================================
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Passage(NamedTuple):
+    """One retrievable chunk of a document."""
+
+    id: int  # position in the corpus, 0 .. N-1, and row of the index
+    document: str  # id of the document it was cut from
+    title: str
+    section: str  # "" when the document has none
+    text: str
+
+    @property
+    def display(self) -> str:
+        """``title: section text``, what the encoder and the LM both read.
+
+        The layout is the paper's (Table 15; Atlas folds the section into the title).
+        """
+        head = f"{self.title}: {self.section}" if self.section else self.title
+        return f"{head} {self.text}".strip()
+
+
+class Example(NamedTuple):
+    """One question with the answers a person would accept."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]  # the first one is trained on
+    context: str = ""  # a given (gold) context, "" when there is none
+    dataset: str = ""  # for the mixture and the report
+    kind: str = ""  # kind of question; "" when the file does not say
+    document: str = ""  # id of the document that holds the answer, when known
+    evidence: str = ""  # verbatim words of that document, when known
+
+
+class Retrieved(NamedTuple):
+    """Top-k passages of a list of examples, best first."""
+
+    ids: np.ndarray  # int64 [examples, k]; -1 where the corpus had fewer than k
+    scores: np.ndarray  # float32 [examples, k], raw dot products; -inf where id is -1
+
+
+class Packed(NamedTuple):
+    """A packed batch for the language model; numpy on the host, jax on the mesh.
+
+    Several segments share a row. Attention and positions never cross a segment.
+    ``sites_BT`` lists the tokens whose *successor* carries loss, so that the
+    output head runs only where it is needed.
+    """
+
+    tokens_BL: np.ndarray  # int32
+    segment_ids_BL: np.ndarray  # int32; 0 is padding, segments count from 1
+    positions_BL: np.ndarray  # int32, restart at 0 in every segment
+    sites_BT: np.ndarray  # int32 index into L
+    targets_BT: np.ndarray  # int32 token that follows the site
+    weights_BT: np.ndarray  # float32; 0 where the site is unused
