@@ -1,0 +1,131 @@
+"""Question files to examples, and which passages hold an example's answer."""
+
+import re
+import string
+from collections import Counter
+from pathlib import Path
+
+from radit_jax.batch import Example
+from radit_jax.data.corpus import PassageStore
+from radit_jax.data.jsonl import Row, read_rows
+
+FIELDS = ("question", "answers", "id", "context", "kind", "document", "evidence")
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def read_examples(path: str | Path, dataset: str = "") -> list[Example]:
+    """Read the questions of a JSONL file.
+
+    Every row has ``question`` and ``answers`` (a list; the first is trained on, all are
+    accepted), and may have ``id``, ``context``, ``kind``, ``document`` and
+    ``evidence``. A row without an id gets the file's stem and the line: ``dev-7``.
+
+    Args:
+        path: A UTF-8 file with one JSON object per line.
+        dataset: Name that the examples bear in mixtures and reports.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A row is malformed, an id occurs twice, or a field looks mistyped.
+    """
+    examples = []
+    first_line: dict[str, int] = {}
+    for row in read_rows(path):
+        row.check_names(FIELDS)
+        example = Example(
+            id=row.identifier("id", default=f"{row.path.stem}-{row.line}"),
+            question=row.text("question"),
+            answers=_answers(row),
+            context=row.text("context", default=""),
+            dataset=dataset,
+            kind=row.text("kind", default=""),
+            document=row.identifier("document", default=""),
+            evidence=row.text("evidence", default=""),
+        )
+        if not example.question.strip():
+            raise row.error('field "question" is blank')
+        if example.id in first_line:
+            raise row.error(
+                f'id "{example.id}" has occurred before, on line'
+                f" {first_line[example.id]}; every example needs its own"
+            )
+        first_line[example.id] = row.line
+        examples.append(example)
+    return examples
+
+
+def _answers(row: Row) -> tuple[str, ...]:
+    if "answers" not in row.values:
+        row.text("answers")  # raises, and names what is there instead
+    answers = row.values["answers"]
+    if isinstance(answers, str):
+        raise row.error(
+            'field "answers" is a string, expected a list of strings:'
+            f' "answers": ["{answers}"]'
+        )
+    if not isinstance(answers, list) or not answers:
+        raise row.error(
+            'field "answers" must be a list with at least one string, such as'
+            ' "answers": ["Paris"]'
+        )
+    for place, answer in enumerate(answers, start=1):
+        if not isinstance(answer, str) or not answer.strip():
+            raise row.error(
+                f'answer {place} in "answers" is {answer!r}, expected a non-blank'
+                " string"
+            )
+    return tuple(answers)
+
+
+def normalize(text: str) -> str:
+    """Lower case, without punctuation, articles and extra white space.
+
+    The normalisation of the SQuAD evaluation script (Rajpurkar et al., 2016).
+    """
+    text = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def contains_answer(text: str, answers: tuple[str, ...]) -> bool:
+    """Whether a text contains one of the answers, as whole words, normalised.
+
+    An answer of which the normalisation leaves nothing ("The") must occur as it is.
+    """
+    padded = f" {normalize(text)} "
+    for answer in answers:
+        normalized = normalize(answer)
+        if f" {normalized} " in padded if normalized else answer in text:
+            return True
+    return False
+
+
+def gold_passages(example: Example, store: PassageStore) -> set[int]:
+    """Ids of the passages that hold an example's evidence and answer.
+
+    These are the passages of ``example.document`` that contain an accepted answer (see
+    ``contains_answer``), and of those the ones that share the most words with the
+    evidence. Several may tie; without evidence all of them do.
+
+    Args:
+        example: A question that names its document.
+        store: The corpus.
+
+    Returns:
+        Passage ids; none when the document is unknown, or is not in the corpus, or
+        holds no answer, or nothing of the evidence.
+    """
+    if not example.document:
+        return set()
+    passages = store.get(store.of_document(example.document))
+    evidence = Counter(normalize(example.evidence).split())
+    overlap = {
+        passage.id: (evidence & Counter(normalize(passage.text).split())).total()
+        for passage in passages
+        if contains_answer(passage.text, example.answers)
+    }
+    most = max(overlap.values(), default=0)
+    if evidence and most == 0:
+        return set()
+    return {id for id, shared in overlap.items() if shared == most}
