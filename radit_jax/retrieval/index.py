@@ -1,0 +1,567 @@
+"""The index: one protocol, an exact search on the mesh, and ScaNN on the host.
+
+Scores are dot products in float32, never less: those of DRAGON+ are near 400, where
+bfloat16 steps by 2.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Float32, Int, Int64
+
+from radit_jax import sharding
+from radit_jax.batch import Retrieved
+from radit_jax.retrieval.embed import EmbeddingStore
+
+KINDS = ("scann", "exact")
+
+# ScaNN's own guidance (scann/docs/algorithms.md): score exactly below 20k points,
+# quantise and rescore up to 100k, partition into about sqrt(N) leaves above.
+BRUTE_FORCE_BELOW = 20_000
+PARTITION_FROM = 100_000
+
+# A few queries run in a program of their own, so that one question does not pay for
+# a whole block.
+FEW_QUERIES = 8
+
+# Float32 scores that one device holds at a time, 512 MiB.
+MAX_SCORES = 2**27
+
+_INDEX = "index.json"
+_FORMAT = 1
+
+
+@runtime_checkable
+class Index(Protocol):
+    """Finds the passages with the largest dot products."""
+
+    size: int  # passages
+    width: int  # of an embedding
+
+    def search(self, queries_BE: Float32[np.ndarray, "B E"], k: int) -> Retrieved:
+        """The best ``k`` passages of each query, best first, ties by the lower id.
+
+        Where the index has fewer than ``k`` passages, ids end in -1 and scores in -inf.
+
+        Raises:
+            ValueError: queries of another width than the index, or not finite; k < 1.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ScannSettings:
+    """What ScaNN trades between speed and recall; None is chosen from the size.
+
+    Attributes:
+        leaves: partitions, by default the square root of the number of passages.
+        leaves_to_search: partitions each query looks into, by default a tenth.
+        reorder: candidates per query whose exact scores are computed (at least 2 k).
+        training_sample: passages that the partitions and codes are learnt from, by
+            default 100,000, or 40 per leaf if that is more.
+        threads: by default the cores this process may use.
+    """
+
+    leaves: int | None = None
+    leaves_to_search: int | None = None
+    reorder: int = 100
+    training_sample: int | None = None
+    threads: int | None = None
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"ScaNN's {name} must be at least 1, got {value}")
+
+    def resolve(self, size: int) -> "ScannSettings":
+        """These settings with every None replaced, for ``size`` passages."""
+        leaves = min(self.leaves or max(math.isqrt(size), 1), size)
+        return ScannSettings(
+            leaves=leaves,
+            leaves_to_search=min(self.leaves_to_search or -(-leaves // 10), leaves),
+            reorder=self.reorder,
+            training_sample=self.training_sample or max(100_000, 40 * leaves),
+            threads=self.threads or _cores(),
+        )
+
+
+class Built(NamedTuple):
+    """What ``build_index`` made, for the manifest."""
+
+    kind: str  # "exact" where ScaNN was asked for and cannot be imported
+    structure: str  # "exact", or ScaNN's "brute_force", "ah", "tree_ah"
+    recall_at_10: float  # against exact search, on sampled queries
+    seconds: float
+    settings: dict[str, int]  # ScaNN's, none left to default; {} for exact
+
+
+class ExactIndex:
+    """Every score is computed, on the mesh; each device holds its share of the rows.
+
+    Device memory is ``4 * N * E / devices`` bytes, and at most 512 MiB of scores.
+
+    Args:
+        embeddings: the passages; each device's rows are read straight from disk.
+        mesh: the devices; all of them share the rows, whatever the axes.
+        block_size: queries per program run; fewer where scores would not fit.
+        recall_target: if given, ``jax.lax.approx_max_k`` picks each device's best, with
+            this expected recall, at the speed of the matmul on a TPU. None is exact;
+            so is ``approx_max_k`` on other backends.
+    """
+
+    def __init__(
+        self,
+        embeddings: EmbeddingStore,
+        mesh: Mesh,
+        *,
+        block_size: int = 128,
+        recall_target: float | None = None,
+    ):
+        if recall_target is not None and not 0 < recall_target <= 1:
+            raise ValueError(f"recall_target must be in (0, 1], got {recall_target}")
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        self.size, self.width = embeddings.shape
+        self._mesh = mesh
+        self._recall_target = recall_target
+        rows = -(-self.size // mesh.size)
+        self._block = max(min(block_size, MAX_SCORES // rows), 1)
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(rows * mesh.size)
+            found = embeddings.rows(start, stop)
+            padding = stop - start - len(found)
+            return np.pad(found, ((0, padding), (0, 0))) if padding else found
+
+        self._embeddings_NE = jax.make_array_from_callback(
+            (rows * mesh.size, self.width),
+            NamedSharding(mesh, sharding.INDEX_NE),
+            read,
+        )
+
+    def search(self, queries_BE: Float32[np.ndarray, "B E"], k: int) -> Retrieved:
+        """The best ``k`` passages of each query; see ``Index``."""
+        _check_queries(queries_BE, self.width, k)
+        found = _nothing(len(queries_BE), k)
+        best = min(k, self.size)
+        few = min(FEW_QUERIES, self._block)
+        block = few if len(queries_BE) <= few else self._block
+        with jax.set_mesh(self._mesh):
+            for start in range(0, len(queries_BE), block):
+                rows = queries_BE[start : start + block]
+                padded_BE = np.zeros((block, self.width), np.float32)
+                padded_BE[: len(rows)] = rows
+                scores_BC, ids_BC = _exact_search(
+                    jax.device_put(
+                        padded_BE, NamedSharding(self._mesh, sharding.REPLICATED)
+                    ),
+                    self._embeddings_NE,
+                    k=best,
+                    size=self.size,
+                    recall_target=self._recall_target,
+                )
+                block_rows = slice(start, start + len(rows))
+                found.scores[block_rows, :best] = np.asarray(scores_BC)[: len(rows)]
+                found.ids[block_rows, :best] = np.asarray(ids_BC)[: len(rows)]
+        return found
+
+
+@functools.partial(jax.jit, static_argnames=("k", "size", "recall_target"))
+def _exact_search(
+    queries_BE: Float[Array, "B E"],
+    embeddings_NE: Float[Array, "N E"],
+    *,
+    k: int,
+    size: int,
+    recall_target: float | None,
+) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
+    """Scores and ids of the best ``k`` rows among the first ``size``."""
+
+    def local_best(queries_BE: Array, embeddings_NE: Array) -> tuple[Array, Array]:
+        rows = len(embeddings_NE)
+        first = jax.lax.axis_index(sharding.AXES) * rows
+        # HIGHEST keeps TPUs from bfloat16 and GPUs from TF32.
+        scores_BN = jnp.einsum(
+            "BE,NE->BN", queries_BE, embeddings_NE, precision=jax.lax.Precision.HIGHEST
+        )
+        # Rows past the end only fill the last devices up.
+        is_passage_N = first + jnp.arange(rows) < size
+        scores_BN = jnp.where(is_passage_N[None, :], scores_BN, -jnp.inf)
+        if recall_target is None:
+            scores_BC, rows_BC = jax.lax.top_k(scores_BN, min(k, rows))
+        else:
+            scores_BC, rows_BC = jax.lax.approx_max_k(
+                scores_BN, min(k, rows), recall_target=recall_target
+            )
+        return scores_BC, first + rows_BC
+
+    scores_BC, ids_BC = jax.shard_map(
+        local_best,
+        in_specs=(sharding.REPLICATED, sharding.INDEX_NE),
+        out_specs=(sharding.CANDIDATES_BC, sharding.CANDIDATES_BC),
+    )(queries_BE, embeddings_NE)
+    # Devices hold rows in order and top_k puts the earlier of two equals first, here
+    # and above, so ties go to the lower id.
+    scores_BC = jax.sharding.reshard(scores_BC, sharding.REPLICATED)
+    ids_BC = jax.sharding.reshard(ids_BC, sharding.REPLICATED)
+    scores_BC, best_BC = jax.lax.top_k(scores_BC, k)
+    return scores_BC, jnp.take_along_axis(ids_BC, best_BC, axis=1)
+
+
+class ScannIndex:
+    """ScaNN on the host's CPU finds candidates; their exact scores decide.
+
+    ScaNN keeps 4-bit codes only, ``N * E / 4`` bytes, a sixteenth of the embeddings.
+    Its own reordering would hold a second float32 copy of them in memory and on disk,
+    so candidates are rescored here, from the memory-mapped store.
+
+    Args:
+        searcher: a ScaNN searcher over the embeddings.
+        embeddings: the passages.
+        settings: resolved settings the searcher was built with.
+    """
+
+    def __init__(self, searcher, embeddings: EmbeddingStore, settings: ScannSettings):
+        self.size, self.width = embeddings.shape
+        self._searcher = searcher
+        self._embeddings = embeddings
+        self._settings = settings
+        self._threads = settings.threads or _cores()
+        self._searcher.set_num_threads(self._threads)
+
+    @classmethod
+    def build(
+        cls,
+        embeddings: EmbeddingStore,
+        folder: str | os.PathLike[str],
+        settings: ScannSettings | None = None,
+    ) -> "ScannIndex":
+        """Trains ScaNN and serialises it into ``folder`` with relative paths.
+
+        The same embeddings give the same index: centres start from k-means++ with a
+        fixed seed, because ScaNN's random start cannot be seeded.
+
+        While it trains, ScaNN holds one float32 copy of the embeddings.
+        """
+        scann = _import_scann()
+        if scann is None:
+            raise ValueError("the package scann is not installed; use the exact index")
+        settings = (settings or ScannSettings()).resolve(len(embeddings))
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="whole.") as temporary:
+            whole_NE = _contiguous(embeddings, Path(temporary))
+            builder = scann.builder(whole_NE, settings.reorder, "dot_product")
+            builder.set_n_training_threads(settings.threads)
+            structure = _structure(len(embeddings))
+            if structure == "tree_ah":
+                builder.tree(
+                    settings.leaves,
+                    settings.leaves_to_search,
+                    training_sample_size=settings.training_sample,
+                    random_init=False,
+                )
+            if structure == "brute_force":
+                builder.score_brute_force()
+            else:
+                # 2 dimensions per code and threshold 0.2 are the documented choices
+                # for maximum inner product search.
+                builder.score_ah(
+                    2,
+                    anisotropic_quantization_threshold=0.2,
+                    training_sample_size=settings.training_sample,
+                )
+            searcher = builder.build()
+            del whole_NE, builder
+        searcher.serialize(os.fspath(folder), relative_path=True)
+        return cls(searcher, embeddings, settings)
+
+    @classmethod
+    def load(
+        cls,
+        embeddings: EmbeddingStore,
+        folder: str | os.PathLike[str],
+        settings: ScannSettings,
+    ) -> "ScannIndex":
+        """Opens what ``build`` wrote, with the settings it was built with."""
+        scann = _import_scann()
+        if scann is None:
+            raise ValueError("the package scann is not installed; use the exact index")
+        if not (Path(folder) / "scann_assets.pbtxt").exists():
+            raise FileNotFoundError(
+                f"{folder}: scann_assets.pbtxt is missing, this is no ScaNN index"
+            )
+        searcher = scann.load_searcher(os.fspath(folder), assets_backcompat_shim=False)
+        return cls(searcher, embeddings, settings)
+
+    def search(self, queries_BE: Float32[np.ndarray, "B E"], k: int) -> Retrieved:
+        """The best ``k`` passages of each query; see ``Index``.
+
+        The scores are exact; a passage whose partition was not searched is missed.
+        """
+        _check_queries(queries_BE, self.width, k)
+        found = _nothing(len(queries_BE), k)
+        best = min(k, self.size)
+        candidates = min(max(self._settings.reorder, 2 * k), self.size)
+        # Blocks bound the gathered rows to about 256 MiB.
+        block = max(2**26 // (candidates * self.width), 1)
+        for start in range(0, len(queries_BE), block):
+            rows = slice(start, start + block)
+            ids_BC = self._candidates(queries_BE[rows], candidates, best)
+            scores_BC, ids_BC = self._rescore(queries_BE[rows], ids_BC)
+            found.scores[rows, :best] = scores_BC[:, :best]
+            found.ids[rows, :best] = ids_BC[:, :best]
+        return found
+
+    def _candidates(
+        self, queries_BE: np.ndarray, candidates: int, needed: int
+    ) -> Int64[np.ndarray, "B C"]:
+        """Ids of candidates in no order that matters, -1 where there were no more."""
+
+        def ask(queries_BE: np.ndarray, leaves: int | None) -> np.ndarray:
+            # Small batches too are spread over the threads.
+            per_thread = -(-len(queries_BE) // self._threads)
+            ids_BC, scores_BC = self._searcher.search_batched_parallel(
+                np.ascontiguousarray(queries_BE),
+                candidates,
+                candidates,
+                leaves,
+                batch_size=min(per_thread, 256),
+            )
+            # Where the leaves held too few, ScaNN fills up with id 0 and a NaN score.
+            return np.where(np.isnan(scores_BC), -1, ids_BC.astype(np.int64))
+
+        ids_BC = ask(queries_BE, self._settings.leaves_to_search)
+        short = np.flatnonzero((ids_BC >= 0).sum(axis=1) < needed)
+        if len(short):
+            ids_BC[short] = ask(queries_BE[short], self._settings.leaves)
+        return ids_BC
+
+    def _rescore(
+        self, queries_BE: np.ndarray, ids_BC: np.ndarray
+    ) -> tuple[Float32[np.ndarray, "B C"], Int64[np.ndarray, "B C"]]:
+        """Exact scores, sorted."""
+        passages_BCE = self._embeddings[np.maximum(ids_BC, 0)]
+        scores_BC = np.matmul(passages_BCE, queries_BE[:, :, None])[:, :, 0]
+        scores_BC = np.where(ids_BC < 0, np.float32(-np.inf), scores_BC)
+        order_BC = np.lexsort((ids_BC, -scores_BC), axis=-1)
+        return (
+            np.take_along_axis(scores_BC, order_BC, axis=1),
+            np.take_along_axis(ids_BC, order_BC, axis=1),
+        )
+
+
+def build_index(
+    kind: str,
+    embeddings: EmbeddingStore,
+    folder: str | os.PathLike[str],
+    *,
+    settings: ScannSettings | None = None,
+    queries_BE: Float32[np.ndarray, "B E"] | None = None,
+    sample: int = 200,
+    seed: int = 0,
+) -> Built:
+    """Writes an index over the embeddings into ``folder``, and measures its recall.
+
+    Args:
+        kind: "scann" or "exact". Where ScaNN cannot be imported, "exact" is built and
+            the log says so.
+        embeddings: the passages, usually in the same folder. The index refers to them
+            by a relative path, so the two can be moved together.
+        folder: where ``open_index`` will look.
+        settings: ScaNN's.
+        queries_BE: queries to measure recall with; by default perturbed passages.
+        sample: how many queries to measure with.
+        seed: of the sample.
+
+    Raises:
+        ValueError: the kind is unknown, or the queries have another width.
+    """
+    if kind not in KINDS:
+        nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"unknown index kind {kind!r}, expected one of {', '.join(KINDS)}; "
+            f"did you mean {nearest!r}?"
+        )
+    if kind == "scann" and _import_scann() is None:
+        logging.warning(
+            "ScaNN cannot be imported (it has wheels for Linux only); the exact index "
+            "serves instead"
+        )
+        kind = "exact"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # What is left of an earlier build must not be taken for this one.
+    (folder / _INDEX).unlink(missing_ok=True)
+    if (folder / "scann").exists():
+        shutil.rmtree(folder / "scann")
+    started = time.perf_counter()
+    if kind == "exact":
+        built = Built("exact", "exact", 1.0, 0.0, {})
+    else:
+        resolved = (settings or ScannSettings()).resolve(len(embeddings))
+        index = ScannIndex.build(embeddings, folder / "scann", resolved)
+        seconds = time.perf_counter() - started
+        rng = np.random.default_rng(seed)
+        if queries_BE is None:
+            queries_BE = _perturbed_passages(embeddings, sample, rng)
+        elif len(queries_BE) > sample:
+            queries_BE = queries_BE[rng.choice(len(queries_BE), sample, replace=False)]
+        built = Built(
+            "scann",
+            _structure(len(embeddings)),
+            _recall(index, embeddings, queries_BE),
+            seconds,
+            dataclasses.asdict(resolved),
+        )
+    content = {
+        "format": _FORMAT,
+        "kind": built.kind,
+        "passages": embeddings.shape[0],
+        "width": embeddings.shape[1],
+        "embeddings": os.path.relpath(embeddings.folder, folder),
+        "settings": built.settings,
+    }
+    (folder / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
+    return built
+
+
+def open_index(folder: str | os.PathLike[str], mesh: Mesh) -> Index:
+    """Opens what ``build_index`` wrote; the mesh serves the exact index.
+
+    Raises:
+        FileNotFoundError: the folder holds no index, or its embeddings are gone.
+        ValueError: the embeddings are not those that the index was built over.
+    """
+    folder = Path(folder)
+    path = folder / _INDEX
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: {folder} holds no complete index")
+    content = json.loads(path.read_text())
+    if content.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path}: expected format {_FORMAT}, found {content.get('format')}; it was "
+            "written by another version"
+        )
+    embeddings = EmbeddingStore(folder / content["embeddings"])
+    expected = (content["passages"], content["width"])
+    if embeddings.shape != expected:
+        raise ValueError(
+            f"{path}: built over embeddings of shape {expected}, found "
+            f"{embeddings.shape} in {embeddings.folder}; build the index again"
+        )
+    if content["kind"] == "scann":
+        if _import_scann() is not None:
+            settings = ScannSettings(**{**content["settings"], "threads": None})
+            return ScannIndex.load(embeddings, folder / "scann", settings)
+        logging.warning(
+            "%s is a ScaNN index and ScaNN cannot be imported; the exact index serves "
+            "instead",
+            folder,
+        )
+    return ExactIndex(embeddings, mesh)
+
+
+def _cores() -> int:
+    # Containers often grant fewer cores than the machine has.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _import_scann() -> ModuleType | None:
+    """ScaNN's numpy interface, None where it is not installed or does not load."""
+    try:
+        from scann.scann_ops.py import scann_ops_pybind
+    except ImportError:
+        return None
+    return scann_ops_pybind
+
+
+def _structure(size: int) -> str:
+    if size < BRUTE_FORCE_BELOW:
+        return "brute_force"
+    return "ah" if size < PARTITION_FROM else "tree_ah"
+
+
+def _contiguous(embeddings: EmbeddingStore, temporary: Path) -> np.ndarray:
+    """All rows as the one array that ScaNN asks for, on disk rather than in memory."""
+    size = len(embeddings)
+    if size <= embeddings.shard_size:
+        return embeddings.rows(0, size)
+    whole_NE = np.lib.format.open_memmap(
+        temporary / "whole.npy", "w+", np.float32, embeddings.shape
+    )
+    for start in range(0, size, embeddings.shard_size):
+        stop = start + embeddings.shard_size
+        whole_NE[start:stop] = embeddings.rows(start, stop)
+    return whole_NE
+
+
+def _check_queries(queries_BE: np.ndarray, width: int, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if queries_BE.shape[1] != width:
+        raise ValueError(
+            f"queries have width {queries_BE.shape[1]}, the index has width {width}; "
+            "were the passages embedded with another encoder?"
+        )
+    for row in np.flatnonzero(~np.isfinite(queries_BE).all(axis=1)):
+        raise ValueError(f"the embedding of query {row} is not finite")
+
+
+def _nothing(queries: int, k: int) -> Retrieved:
+    return Retrieved(
+        ids=np.full((queries, k), -1, np.int64),
+        scores=np.full((queries, k), -np.inf, np.float32),
+    )
+
+
+def _perturbed_passages(
+    embeddings: EmbeddingStore, sample: int, rng: np.random.Generator
+) -> Float32[np.ndarray, "B E"]:
+    """Passages moved by half of what passages differ by."""
+    ids = rng.choice(len(embeddings), min(sample, len(embeddings)), replace=False)
+    passages_BE = embeddings[np.sort(ids)]
+    noise_BE = rng.standard_normal(passages_BE.shape, np.float32)
+    return passages_BE + 0.5 * passages_BE.std(axis=0, keepdims=True) * noise_BE
+
+
+def _recall(
+    index: Index, embeddings: EmbeddingStore, queries_BE: np.ndarray, k: int = 10
+) -> float:
+    """Share of the true best ``k`` that the index returns."""
+    k = min(k, index.size)
+    found = index.search(queries_BE, k).ids
+    # Streaming over the store needs no device memory: the corpus may have come to
+    # ScaNN because the devices cannot hold it.
+    scores_BC = np.empty((len(queries_BE), 0), np.float32)
+    ids_BC = np.empty((len(queries_BE), 0), np.int64)
+    for start in range(0, index.size, 16384):
+        rows_NE = embeddings.rows(start, start + 16384)
+        scores_BC = np.concatenate([scores_BC, queries_BE @ rows_NE.T], axis=1)
+        block_ids = np.arange(start, start + len(rows_NE))[None, :]
+        block_ids = np.broadcast_to(block_ids, (len(queries_BE), len(rows_NE)))
+        ids_BC = np.concatenate([ids_BC, block_ids], axis=1)
+        best_BC = np.argsort(-scores_BC, axis=1, kind="stable")[:, :k]
+        scores_BC = np.take_along_axis(scores_BC, best_BC, axis=1)
+        ids_BC = np.take_along_axis(ids_BC, best_BC, axis=1)
+    hits = [
+        len(np.intersect1d(row, true)) for row, true in zip(found, ids_BC, strict=True)
+    ]
+    return float(np.sum(hits) / ids_BC.size)
