@@ -95,6 +95,7 @@ def test_answers_must_be_a_filled_list():
         ("anything", "", False),
         ("anything", " \t", False),
         ("", "x", False),
+        ("", "", False),
     ],
 )
 def test_contains_answer_matches_whole_tokens(passage, answer, found):

@@ -1,0 +1,530 @@
+"""The report: results with intervals as JSON, Markdown, a chart, and every generation.
+
+``write_report`` fills a folder:
+
+- ``results.json``: the rows, values in [0, 1];
+- ``results.md``: the same as tables, paired differences, and generations to read;
+- ``results.png``: exact match of every system on every dataset;
+- ``generations.jsonl``: one line per question and system.
+"""
+
+import itertools
+import json
+import math
+import random
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Shaped
+
+from radit_jax.evaluation.metrics import bootstrap_interval, paired_difference
+
+# The columns of the tables, in order; other answer metrics follow by name.
+ANSWER_METRICS = ("em", "f1")
+RETRIEVAL_METRICS = (
+    *("answer@1", "answer@5", "answer@10"),
+    *("gold@1", "gold@5", "gold@10"),
+    "mrr",
+)
+_DISPLAY = {"em": "EM", "f1": "F1", "mrr": "MRR"}
+
+# Colours that stay apart in greyscale and for the colour-blind, then a second round.
+_COLOURS = ("#9aa5b1", "#4c78a8", "#e08a3c", "#3f9c8f", "#8f6bb3", "#b8a03a")
+
+
+class Row(NamedTuple):
+    """One number of the report."""
+
+    system: str
+    dataset: str
+    metric: str  # "em", "f1", "answer@5", "gold@1", "mrr", ...
+    value: float  # mean over the questions, in [0, 1]
+    n: int  # questions
+    lo: float  # 95 % interval
+    hi: float
+
+
+class SourcePassage(NamedTuple):
+    """A passage a system was given."""
+
+    id: int
+    title: str
+    section: str
+    text: str
+    weight: float | None = None  # in the ensemble; None when there was none
+    answer: str | None = None  # what the system says from this passage alone
+
+
+class Generation(NamedTuple):
+    """What one system answered to one question."""
+
+    system: str
+    dataset: str
+    question_id: str
+    kind: str  # kind of question, "" when unknown
+    question: str
+    answers: tuple[str, ...]  # the gold answers
+    prediction: str
+    passages: tuple[SourcePassage, ...]  # best first; empty for a closed-book system
+    em: float
+    f1: float
+    group: str = ""  # what the question is about; groups are resampled as a whole
+
+
+def measure(
+    system: str,
+    dataset: str,
+    metric: str,
+    values_N: Float[np.ndarray, "N"],
+    seed: int,
+    groups_N: Shaped[np.ndarray, "N"] | None = None,
+) -> Row:
+    """The row of a metric, from its value for every question.
+
+    Raises:
+        ValueError: as ``metrics.bootstrap_interval``.
+    """
+    lo, hi = bootstrap_interval(values_N, seed, groups_N=groups_N)
+    value = float(values_N.mean(dtype=np.float64))
+    return Row(system, dataset, metric, value, len(values_N), lo, hi)
+
+
+def answer_rows(generations: Sequence[Generation], seed: int) -> list[Row]:
+    """EM and F1 of every system on every dataset of the generations."""
+    rows = []
+    for dataset in _unique(g.dataset for g in generations):
+        for system in _unique(g.system for g in generations):
+            ours = [
+                g for g in generations if (g.system, g.dataset) == (system, dataset)
+            ]
+            if ours:
+                groups_N = _groups(ours)
+                for metric in ANSWER_METRICS:
+                    values_N = np.array([float(getattr(g, metric)) for g in ours])
+                    row = measure(system, dataset, metric, values_N, seed, groups_N)
+                    rows.append(row)
+    return rows
+
+
+def write_report(
+    folder: str | Path,
+    rows: Sequence[Row],
+    generations: Sequence[Generation],
+    pairs: Sequence[tuple[str, str]] = (),
+    seed: int = 0,
+    examples: int = 8,
+) -> None:
+    """Write the report's files; the folder is made if need be.
+
+    Args:
+        folder: where to.
+        rows: the numbers, in the order the tables should have.
+        generations: every answer of every system.
+        pairs: (first, second) systems to compare question by question.
+        seed: of the resampling and of the choice of generations to show.
+        examples: how many questions to show.
+
+    Raises:
+        ValueError: if a row or generation is doubled or has a value outside [0, 1], if
+            a pair names a system without generations or with other questions, or if no
+            row has metric "em".
+    """
+    _check(rows, generations)
+    sections = [
+        "# Results",
+        "All numbers are percentages; in brackets the 95 % bootstrap interval over "
+        "questions (over groups of questions where they have groups).",
+        *_titled("Answers", _markdown(_answer_cells(rows))),
+        *_titled("Retrieval", _markdown(_retrieval_cells(rows))),
+        *_kind_sections(generations),
+        *_titled("Paired differences", _pairs_section(generations, pairs, seed)),
+        *_titled("Generations", _examples_section(generations, examples, seed)),
+    ]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_results(rows, folder / "results.png")
+    results = [
+        {
+            **{field: getattr(row, field) for field in Row._fields[:-2]},
+            "ci95": [row.lo, row.hi],
+        }
+        for row in rows
+    ]
+    _write(folder / "results.json", _json(results, indent=1))
+    _write(folder / "results.md", "\n\n".join(sections))
+    lines = (_json(_record(generation)) for generation in generations)
+    _write(folder / "generations.jsonl", "\n".join(lines))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text + "\n" if text else "", encoding="utf-8")
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    def plain(number: object) -> object:
+        if isinstance(number, np.generic):  # ids and scores come out of arrays
+            return number.item()
+        raise TypeError(f"{number!r} has no place in JSON")
+
+    return json.dumps(
+        value, indent=indent, ensure_ascii=False, allow_nan=False, default=plain
+    )
+
+
+def _record(generation: Generation) -> dict[str, object]:
+    passages = [passage._asdict() for passage in generation.passages]
+    return {**generation._asdict(), "passages": passages}
+
+
+def _check(rows: Sequence[Row], generations: Sequence[Generation]) -> None:
+    _no_doubles("row", [(r.system, r.dataset, r.metric) for r in rows])
+    _no_doubles(
+        "generation", [(g.system, g.dataset, g.question_id) for g in generations]
+    )
+    for row in rows:
+        if not (0 <= row.lo <= row.hi <= 1 and 0 <= row.value <= 1 and row.n > 0):
+            raise ValueError(f"{row} must have value, lo <= hi in [0, 1] and n > 0")
+    for g in generations:
+        if not (0 <= g.em <= 1 and 0 <= g.f1 <= 1):
+            raise ValueError(
+                f"{g.system} on question {g.question_id!r} of {g.dataset}: em {g.em} "
+                f"and f1 {g.f1} must be in [0, 1]"
+            )
+        for passage in g.passages:
+            if passage.weight is not None and not math.isfinite(passage.weight):
+                raise ValueError(
+                    f"{g.system} on question {g.question_id!r} of {g.dataset}: passage "
+                    f"{passage.id} has weight {passage.weight}"
+                )
+
+
+def _no_doubles(what: str, keys: Sequence[tuple[str, ...]]) -> None:
+    seen = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"two {what}s for {' / '.join(key)}")
+        seen.add(key)
+
+
+def _unique(items: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(items))
+
+
+def _groups(generations: Sequence[Generation]) -> np.ndarray | None:
+    """Group labels if every question has one."""
+    labels = [g.group for g in generations]
+    return np.array(labels) if all(labels) else None
+
+
+# Tables are lists of rows of cells, the header first; Markdown and the terminal differ
+# only in how they draw the lines.
+
+
+def _is_retrieval(metric: str) -> bool:
+    return metric == "mrr" or metric.startswith(("answer@", "gold@"))
+
+
+def _metrics(rows: Sequence[Row], retrieval: bool) -> list[str]:
+    present = _unique(r.metric for r in rows if _is_retrieval(r.metric) == retrieval)
+    order = RETRIEVAL_METRICS if retrieval else ANSWER_METRICS
+    known = [metric for metric in order if metric in present]
+    return known + [metric for metric in present if metric not in known]
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return f"{100 * row.value:.1f} [{100 * row.lo:.1f}, {100 * row.hi:.1f}]"
+
+
+def _n(rows: Sequence[Row]) -> str:
+    sizes = sorted({row.n for row in rows})
+    return f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]}-{sizes[-1]}"
+
+
+def _answer_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Systems by datasets and metrics; empty without answer metrics."""
+    metrics = _metrics(rows, retrieval=False)
+    columns = [
+        (dataset, metric)
+        for dataset in _unique(row.dataset for row in rows)
+        for metric in metrics
+        if any((row.dataset, row.metric) == (dataset, metric) for row in rows)
+    ]
+    if not columns:
+        return []
+    by_key = {(row.system, row.dataset, row.metric): row for row in rows}
+    header = ["system"]
+    for column in columns:
+        size = _n([row for row in rows if (row.dataset, row.metric) == column])
+        header.append(f"{column[0]} {_name(column[1])} (n = {size})")
+    systems = _unique(row.system for row in rows if row.metric in metrics)
+    return [header] + [
+        [system, *(_cell(by_key.get((system, *column))) for column in columns)]
+        for system in systems
+    ]
+
+
+def _retrieval_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """(dataset, system) by metrics; empty without retrieval metrics."""
+    return _long_cells(rows, _metrics(rows, retrieval=True))
+
+
+def _long_cells(rows: Sequence[Row], metrics: Sequence[str]) -> list[list[str]]:
+    rows = [row for row in rows if row.metric in metrics]
+    by_key = {(row.dataset, row.system, row.metric): row for row in rows}
+    cells = [["dataset", "n", "system", *map(_name, metrics)]] if rows else []
+    # Datasets in their order, and within one the systems in theirs.
+    for dataset in _unique(row.dataset for row in rows):
+        for system in _unique(row.system for row in rows if row.dataset == dataset):
+            found = [by_key.get((dataset, system, metric)) for metric in metrics]
+            size = _n([row for row in found if row])
+            cells.append([dataset, size, system, *map(_cell, found)])
+    return cells
+
+
+def _name(metric: str) -> str:
+    return _DISPLAY.get(metric, metric)
+
+
+def text_table(rows: Sequence[Row]) -> str:
+    """The answer metrics as a plain table with aligned columns, for the terminal.
+
+    One line per dataset and system, so that it fits a terminal however many datasets
+    there are. Empty if no row has an answer metric.
+    """
+    cells = _long_cells(rows, _metrics(rows, retrieval=False))
+    if not cells:
+        return ""
+    shown = [cells[0]]
+    for before, line in itertools.pairwise(cells):
+        repeated = line[0] == before[0]
+        shown.append([" " if repeated else line[0], *line[1:]])
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    right = [False, True, False] + [True] * (len(widths) - 3)
+    lines = [
+        "  ".join(
+            cell.rjust(width) if rightmost else cell.ljust(width)
+            for cell, width, rightmost in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in shown
+    ]
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _markdown(cells: Sequence[Sequence[str]]) -> str:
+    if not cells:
+        return ""
+    rule = ["---"] + ["---:" if _numeric(column) else "---" for column in _tail(cells)]
+    lines = [[_escape(cell) for cell in line] for line in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def _tail(cells: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
+    return list(zip(*(line[1:] for line in cells[1:]), strict=True))
+
+
+def _numeric(column: Sequence[str]) -> bool:
+    return all(cell[:1].isdigit() or cell[:1] in "-+<" for cell in column)
+
+
+# What CommonMark and GitHub would take for markup in the middle of a line; like them,
+# it leaves an underscore inside a word alone.
+_MARKUP = re.compile(r"[\\`*~|$]|(?<!\w)_|_(?!\w)|<(?=[\w/!?])|&(?=#?\w+;)|\](?=\()")
+
+
+def _escape(text: str) -> str:
+    """Text on one line that Markdown shows as it is."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _titled(title: str, body: str) -> list[str]:
+    return [f"## {title}", body] if body else []
+
+
+def _kind_sections(generations: Sequence[Generation]) -> list[str]:
+    """For every dataset whose questions have kinds, EM by kind and system."""
+    sections = []
+    for dataset in _unique(g.dataset for g in generations):
+        ours = [g for g in generations if g.dataset == dataset]
+        if not any(g.kind for g in ours):
+            continue
+        systems = _unique(g.system for g in ours)
+        cells = [["kind", "n", *systems]]
+        for kind in _unique(g.kind for g in ours):
+            of_kind = [g for g in ours if g.kind == kind]
+            ems = {s: [g.em for g in of_kind if g.system == s] for s in systems}
+            size = len({g.question_id for g in of_kind})
+            means = [f"{100 * np.mean(em):.1f}" if em else "-" for em in ems.values()]
+            cells.append([kind or "(none)", str(size), *means])
+        title = f"Exact match by kind of question: {_escape(dataset)}"
+        sections += _titled(title, _markdown(cells))
+    return sections
+
+
+def _pairs_section(
+    generations: Sequence[Generation], pairs: Sequence[tuple[str, str]], seed: int
+) -> str:
+    by_system: dict[str, dict[tuple[str, str], Generation]] = {}
+    for g in generations:
+        by_system.setdefault(g.system, {})[g.dataset, g.question_id] = g
+    cells = [["dataset", "comparison", "metric", "difference", "p", "n"]]
+    for first, second in pairs:
+        for name in (first, second):
+            if name not in by_system:
+                raise ValueError(
+                    f"cannot compare {name!r}: it has no generations; systems that "
+                    f"have are {sorted(by_system)}"
+                )
+        if by_system[first].keys() != by_system[second].keys():
+            odd = min(by_system[first].keys() ^ by_system[second].keys())
+            raise ValueError(
+                f"cannot pair {first!r} with {second!r}: only one of them answered "
+                f"question {odd[1]!r} of {odd[0]}"
+            )
+        for dataset in _unique(key[0] for key in by_system[first]):
+            keys = [key for key in by_system[first] if key[0] == dataset]
+            groups_N = _groups([by_system[first][key] for key in keys])
+            for metric in ANSWER_METRICS:
+                first_N, second_N = (
+                    np.array(
+                        [float(getattr(by_system[s][key], metric)) for key in keys]
+                    )
+                    for s in (first, second)
+                )
+                gain = paired_difference(first_N, second_N, seed, groups_N=groups_N)
+                interval = f"[{100 * gain.lo:+.1f}, {100 * gain.hi:+.1f}]"
+                p_value = "< 0.001" if gain.p_value < 0.001 else f"{gain.p_value:.3f}"
+                cells.append(
+                    [
+                        *(dataset, f"{second} over {first}", _name(metric)),
+                        *(f"{100 * gain.value:+.1f} {interval}", p_value, str(gain.n)),
+                    ]
+                )
+    if len(cells) == 1:
+        return ""
+    note = (
+        "In points, on the same questions: paired bootstrap, and the two-sided p-value "
+        "of a sign-flip permutation test."
+    )
+    return f"{note}\n\n{_markdown(cells)}"
+
+
+def _examples_section(
+    generations: Sequence[Generation], examples: int, seed: int
+) -> str:
+    """Questions with every system's answer; drawn at random, not picked."""
+    questions: dict[tuple[str, str], list[Generation]] = {}
+    for g in generations:
+        questions.setdefault((g.dataset, g.question_id), []).append(g)
+    if not questions or examples < 1:
+        return ""
+    split = [k for k, v in questions.items() if len({g.em for g in v}) > 1]
+    agreed = [k for k in questions if k not in set(split)]
+    rng = random.Random(seed)
+    # Half from either; where one side is short the other fills up.
+    of_split = min(len(split), max((examples + 1) // 2, examples - len(agreed)))
+    of_agreed = min(len(agreed), examples - of_split)
+    chosen = rng.sample(split, of_split) + rng.sample(agreed, of_agreed)
+    note = (
+        f"Drawn at random (seed {seed}): {of_split} of the {len(split)} questions on "
+        f"which systems differ in exact match, {of_agreed} of the {len(agreed)} others."
+    )
+    return "\n\n".join([note, *(_example(questions[key]) for key in chosen)])
+
+
+def _example(answered: Sequence[Generation]) -> str:
+    first = answered[0]
+    kind = f", {_escape(first.kind)}" if first.kind else ""
+    lines = [
+        f"**{_escape(first.question)}** ({_escape(first.dataset)}{kind})",
+        "",
+        f"- Gold: {'; '.join(map(_escape, first.answers))}",
+    ]
+    tops: dict[int, list[Generation]] = {}
+    for g in answered:
+        if g.passages:
+            tops.setdefault(g.passages[0].id, []).append(g)
+    for same in tops.values():
+        # Systems with different retrievers were given different passages.
+        who = f" of {', '.join(_escape(g.system) for g in same)}"
+        top = same[0].passages[0]
+        head = f"{top.title}: {top.section}" if top.section else top.title
+        text = textwrap.shorten(top.text, 240, placeholder=" …")
+        label = f"Top passage{who if len(tops) > 1 else ''}"
+        lines.append(f"- {label}: *{_escape(head)}* — {_escape(text)}")
+    for g in answered:
+        mark = "✓" if g.em == 1 else "✗"
+        said = _escape(textwrap.shorten(g.prediction, 240, placeholder=" …"))
+        lines.append(f"- {mark} {_escape(g.system)}: {said or '(nothing)'}")
+    return "\n".join(lines)
+
+
+def plot_results(rows: Sequence[Row], png: str | Path, metric: str = "em") -> None:
+    """Bar chart of one metric: a panel per dataset, a bar with interval per system.
+
+    Raises:
+        ValueError: if no row has the metric.
+    """
+    rows = [row for row in rows if row.metric == metric]
+    if not rows:
+        raise ValueError(f"no row has metric {metric!r}; nothing to plot")
+    # Here and without pyplot: importing the package must not load matplotlib, and a
+    # figure of one's own has no global state and needs no display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    datasets = _unique(row.dataset for row in rows)
+    systems = _unique(row.system for row in rows)
+    across = 2 if len(datasets) == 4 else min(3, len(datasets))
+    down = -(-len(datasets) // across)
+    figure = Figure(
+        figsize=(8, down * (0.36 * len(systems) + 0.75) + 0.35), layout="constrained"
+    )
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+    end = 100 * max(row.hi for row in rows)
+    for dataset, axes in zip(datasets, panels, strict=False):
+        ours = [row for row in rows if row.dataset == dataset]
+        at = [systems.index(row.system) for row in ours]
+        values = np.array([100 * row.value for row in ours])
+        bounds = np.array([[100 * row.lo, 100 * row.hi] for row in ours]).T
+        errors = np.maximum(0, [values - bounds[0], bounds[1] - values])
+        colours = [_COLOURS[index % len(_COLOURS)] for index in at]
+        axes.barh(at, values, 0.68, color=colours, zorder=2)
+        axes.errorbar(
+            *(values, at), xerr=errors, fmt="none", ecolor="#222222", elinewidth=1.1
+        )
+        for index, value, right in zip(at, values, bounds[1], strict=True):
+            axes.annotate(
+                f"{value:.1f}",
+                (max(value, right), index),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9.5,
+            )
+        axes.set_title(f"{dataset}  (n = {_n(ours)})", fontsize=11, loc="left")
+    for axes in figure.axes:
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", color="#e4e7eb", linewidth=0.8)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.spines["left"].set_color("#7b8794")
+        axes.tick_params(length=0, labelsize=9.5)
+        axes.tick_params(axis="x", labelcolor="#616e7c")
+    wrapped = [textwrap.fill(system, 26) for system in systems]
+    figure.axes[0].set_yticks(range(len(systems)), wrapped)
+    figure.axes[0].set_ylim(len(systems) - 0.4, -0.6)  # the first system on top
+    figure.axes[0].set_xlim(0, 1.2 * end if end else 1)
+    for axes in figure.axes[len(datasets) - across : len(datasets)]:
+        axes.tick_params(labelbottom=True)  # also above an empty place in the last line
+    for axes in figure.axes[len(datasets) :]:
+        axes.set_visible(False)
+    long_name = {"em": "Exact match", "f1": "Token F1"}.get(metric, metric)
+    figure.supxlabel(f"{long_name}, %, with 95 % interval", fontsize=10)
+    FigureCanvasAgg(figure)
+    figure.savefig(png, dpi=200)
