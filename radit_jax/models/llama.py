@@ -1,0 +1,241 @@
+"""The language model: Llama 1/2/3.x and its relatives (SmolLM2) in flax.nnx.
+
+Modules are plain pytrees: ``jax.jit``, ``jax.grad`` and ``jax.lax.scan`` apply to
+them directly. Layers are stacked along a leading axis and scanned, so that a model
+of 80 layers compiles as fast as one of two.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from radit_jax import sharding
+from radit_jax.models.attention import Layout, attention, attention_mask
+from radit_jax.models.layers import (
+    Rope,
+    constant,
+    linear,
+    rms_norm,
+    rope_tables,
+    rotate,
+    use,
+    weight,
+)
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a model; the names of Hugging Face's ``config.json`` in brackets."""
+
+    vocab_size: int
+    width: int  # D [hidden_size]
+    layers: int  # S [num_hidden_layers]
+    heads: int  # H [num_attention_heads]
+    kv_heads: int  # G [num_key_value_heads]
+    head_size: int  # K [head_dim, or hidden_size / num_attention_heads]
+    mlp_width: int  # F [intermediate_size]
+    max_length: int  # tokens [max_position_embeddings]
+    norm_eps: float = 1e-5  # [rms_norm_eps]
+    rope: Rope = Rope()  # [rope_theta, rope_scaling or rope_parameters]
+    tied: bool = False  # output head = embedding [tie_word_embeddings]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far, and where they stand."""
+
+    keys_SBMGK: Float[Array, "S B M G K"]
+    values_SBMGK: Float[Array, "S B M G K"]
+    layout: Layout  # [B, M]; segment id 0 where nothing is written
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer: grouped-query attention, then SwiGLU."""
+
+    def __init__(self, config: LlamaConfig, key: Array):
+        keys = jax.random.split(key, 7)
+        D, H, G, K, F = (
+            config.width,
+            config.heads,
+            config.kv_heads,
+            config.head_size,
+            config.mlp_width,
+        )
+        kv_spec, _ = sharding.kv_head_spec(G)
+        self.attention_norm = constant(1.0, (D,), sharding.W_D)
+        self.w_q = weight(keys[0], (D, H, K), sharding.W_DHK, D**-0.5)
+        self.w_k = weight(keys[1], (D, G, K), kv_spec, D**-0.5)
+        self.w_v = weight(keys[2], (D, G, K), kv_spec, D**-0.5)
+        self.w_o = weight(keys[3], (H, K, D), sharding.W_HKD, (H * K) ** -0.5)
+        self.mlp_norm = constant(1.0, (D,), sharding.W_D)
+        self.w_gate = weight(keys[4], (D, F), sharding.W_DF, D**-0.5)
+        self.w_up = weight(keys[5], (D, F), sharding.W_DF, D**-0.5)
+        self.w_down = weight(keys[6], (F, D), sharding.W_FD, F**-0.5)
+
+    def project_qkv(self, x_BLD: Array, tables: tuple[Array, Array], eps: float):
+        """Rotated queries and keys, and values, of a layer's input."""
+        h = rms_norm(x_BLD, self.attention_norm[...], eps)
+        with jax.named_scope("qkv"):
+            q = linear(h, use(self.w_q, h.dtype))
+            k = linear(h, use(self.w_k, h.dtype))
+            v = linear(h, use(self.w_v, h.dtype))
+        return rotate(q, tables), rotate(k, tables), v
+
+    def finish(self, x_BLD: Array, mixed_BLHK: Array, eps: float) -> Array:
+        """Output projection, residual and MLP."""
+        with jax.named_scope("out"):
+            x_BLD = x_BLD + linear(
+                mixed_BLHK, use(self.w_o, x_BLD.dtype), contract=2
+            )
+        h = rms_norm(x_BLD, self.mlp_norm[...], eps)
+        with jax.named_scope("mlp"):
+            gate = linear(h, use(self.w_gate, h.dtype))
+            up = linear(h, use(self.w_up, h.dtype))
+            return x_BLD + linear(
+                jax.nn.silu(gate) * up, use(self.w_down, h.dtype)
+            )
+
+
+class Llama(nnx.Module):
+    """A decoder-only language model; build it under ``jax.set_mesh``.
+
+    Raises:
+        ValueError: heads, MLP width, vocabulary or width do not divide over the mesh.
+    """
+
+    def __init__(self, config: LlamaConfig, key: Array):
+        sharding.check_divides("LM attention heads", config.heads)
+        sharding.check_divides("LM MLP width", config.mlp_width)
+        sharding.check_divides("LM vocabulary", config.vocab_size)
+        sharding.check_divides("LM width", config.width, (sharding.FSDP,))
+        embed_key, layers_key, head_key = jax.random.split(key, 3)
+        D, V = config.width, config.vocab_size
+        self.config = config
+        self.embedding = weight(embed_key, (V, D), sharding.W_VD, 0.02)
+        self.layers = jax.vmap(lambda key: Block(config, key))(
+            jax.random.split(layers_key, config.layers)
+        )
+        self.final_norm = constant(1.0, (D,), sharding.W_D)
+        self.head = (
+            None if config.tied else weight(head_key, (V, D), sharding.W_VD, D**-0.5)
+        )
+
+    def embed(self, tokens_BL: Array, dtype: jnp.dtype) -> Array:
+        """Token embeddings [B, L, D] in the compute dtype."""
+        table_VD = jax.sharding.reshard(
+            self.embedding[...].astype(dtype), sharding.REPLICATED
+        )
+        return table_VD.at[tokens_BL].get(out_sharding=sharding.ACT_BLD)
+
+    def hidden(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        layout: Layout,
+        dtype: jnp.dtype = jnp.float32,
+        remat: str = "none",
+    ) -> Float[Array, "B L D"]:
+        """Final hidden states of packed or padded rows, normed and ready for the head.
+
+        Args:
+            tokens_BL: token ids.
+            layout: segment ids (0: padding) and positions of the tokens.
+            dtype: compute dtype; weights stay float32 masters.
+            remat: ``none`` keeps all activations, ``dots`` keeps the outputs of matrix
+                products, ``full`` keeps the layer inputs only.
+        """
+        config = self.config
+        mask_BLM = attention_mask(layout, layout, causal=True)
+        tables = rope_tables(
+            config.rope, config.head_size, layout.positions_BL, tokens_BL.shape[1]
+        )
+
+        def step(x_BLD: Array, block: Block) -> tuple[Array, None]:
+            q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
+            mixed = attention(q, k, v, mask_BLM)
+            return block.finish(x_BLD, mixed, config.norm_eps), None
+
+        if remat != "none":
+            step = jax.checkpoint(step, policy=REMAT_POLICIES[remat])
+        x_BLD, _ = jax.lax.scan(step, self.embed(tokens_BL, dtype), self.layers)
+        return rms_norm(x_BLD, self.final_norm[...], config.norm_eps)
+
+    def head_weight(self, dtype: jnp.dtype) -> Float[Array, "V D"]:
+        """The output head; the embedding itself when they are tied."""
+        return use(self.embedding if self.head is None else self.head, dtype)
+
+    def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
+        """Float32 logits over the vocabulary."""
+        return jnp.einsum(
+            "BLD,VD->BLV",
+            hidden_BLD,
+            self.head_weight(hidden_BLD.dtype),
+            preferred_element_type=jnp.float32,
+            out_sharding=sharding.LOGITS_BLV,
+        )
+
+    def empty_cache(self, rows: int, length: int, dtype: jnp.dtype) -> Cache:
+        """A cache of ``length`` slots per row with nothing written."""
+        config = self.config
+        shape = (config.layers, rows, length, config.kv_heads, config.head_size)
+        _, kv_spec = sharding.kv_head_spec(config.kv_heads)
+        spec = sharding.cache_spec(kv_spec)
+        zeros = jnp.zeros(shape, dtype, out_sharding=spec)
+        none = jnp.zeros((rows, length), jnp.int32, out_sharding=sharding.ROWS_BL)
+        return Cache(zeros, zeros, Layout(none, none))
+
+    def extend(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        layout: Layout,
+        cache: Cache,
+        start: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """Read tokens into slots ``start ... start + L - 1`` of the cache.
+
+        Prefill is a call with the whole (padded) prompts at slot 0, a decoding step a
+        call with one token per row. Slots are shared by all rows, positions are each
+        row's own, so prompts of different lengths may be padded on either side.
+
+        Returns:
+            Final hidden states of the tokens, and the cache with them written.
+        """
+        config = self.config
+        write = jax.lax.dynamic_update_slice_in_dim
+        keys_layout = Layout(
+            write(cache.layout.segment_ids_BL, layout.segment_ids_BL, start, 1),
+            write(cache.layout.positions_BL, layout.positions_BL, start, 1),
+        )
+        mask_BLM = attention_mask(layout, keys_layout, causal=True)
+        tables = rope_tables(
+            config.rope,
+            config.head_size,
+            layout.positions_BL,
+            cache.keys_SBMGK.shape[2],
+        )
+
+        def step(x_BLD: Array, layer: tuple[Block, Array, Array]):
+            block, keys_BMGK, values_BMGK = layer
+            q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
+            keys_BMGK = write(keys_BMGK, k, start, 1)
+            values_BMGK = write(values_BMGK, v, start, 1)
+            mixed = attention(q, keys_BMGK, values_BMGK, mask_BLM)
+            return block.finish(x_BLD, mixed, config.norm_eps), (
+                keys_BMGK,
+                values_BMGK,
+            )
+
+        x_BLD = self.embed(tokens_BL, cache.keys_SBMGK.dtype)
+        x_BLD, (keys, values) = jax.lax.scan(
+            step, x_BLD, (self.layers, cache.keys_SBMGK, cache.values_SBMGK)
+        )
+        hidden_BLD = rms_norm(x_BLD, self.final_norm[...], config.norm_eps)
+        return hidden_BLD, Cache(keys, values, keys_layout)

@@ -1,0 +1,128 @@
+"""Meshes, axis names and named specs; the only file that spells mesh axes.
+
+Axes are Explicit: the sharding of an array is part of its type, so weights,
+gradients and optimizer moments keep theirs without any ``out_shardings``, and an
+operation that would have to guess is an error when it is traced. ``pjit`` of older
+code is today's ``jax.jit`` over such a mesh.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+
+# Rows of a batch are spread over both data-parallel axes.
+ROWS = (DATA, FSDP)
+ROWS_B = jax.P(ROWS)
+ROWS_BL = jax.P(ROWS, None)
+ACT_BLD = jax.P(ROWS, None, None)
+ACT_BLHK = jax.P(ROWS, None, TENSOR, None)
+LOGITS_BLV = jax.P(ROWS, None, TENSOR)
+
+# Weights: FSDP splits the model width, TENSOR splits heads, MLP width, vocabulary.
+W_D = jax.P(None)
+W_VD = jax.P(TENSOR, FSDP)
+W_LD = jax.P(None, FSDP)
+W_DHK = jax.P(FSDP, TENSOR, None)
+W_HK = jax.P(TENSOR, None)
+W_HKD = jax.P(TENSOR, None, FSDP)
+W_DF = jax.P(FSDP, TENSOR)
+W_F = jax.P(TENSOR)
+W_FD = jax.P(TENSOR, FSDP)
+# Key/value heads that do not divide over TENSOR are kept whole on every device.
+W_DGK_WHOLE = jax.P(FSDP, None, None)
+
+# Every device holds its own rows of the retrieval index.
+INDEX_NE = jax.P(AXES, None)
+CANDIDATES_BC = jax.P(None, AXES)
+REPLICATED = jax.P()
+
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The mesh of a run; one size may be -1, "all the devices that are left".
+
+    Args:
+        data: replicas that see different rows and hold the same weights.
+        fsdp: devices that see different rows and share one copy of the weights.
+        tensor: devices that share one row by splitting heads, MLP and vocabulary.
+        devices: the devices to use; by default all, or the first ones if the mesh
+            is (1, 1, 1), so that a laptop recipe runs anywhere.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    if devices is None:
+        devices = jax.devices()
+        if sizes == [1, 1, 1]:
+            devices = devices[:1]
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise ValueError(
+            f"mesh sizes must be positive, at most one of them -1; got {sizes}"
+        )
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        if len(devices) % known:
+            raise ValueError(
+                f"mesh (data, fsdp, tensor) = {tuple(sizes)}: {len(devices)} devices "
+                f"do not divide by {known}"
+            )
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise ValueError(
+            f"mesh (data, fsdp, tensor) = {tuple(sizes)} needs {math.prod(sizes)} "
+            f"devices, there are {len(devices)}; set one size to -1 to use them all"
+        )
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    )
+
+
+def without_fsdp(spec: jax.P) -> jax.P:
+    """The spec of a weight once it is gathered for use."""
+    return jax.P(*(None if axis == FSDP else axis for axis in spec))
+
+
+def kv_head_spec(heads: int) -> tuple[jax.P, jax.P]:
+    """Specs of a (D, G, K) weight and of (B, M, G, K) keys for the current mesh."""
+    if heads % jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1):
+        return W_DGK_WHOLE, jax.P(ROWS, None, None, None)
+    return W_DHK, ACT_BLHK
+
+
+def cache_spec(kv_spec: jax.P) -> jax.P:
+    """Spec of the stacked cache [S, B, M, G, K] from that of one layer's keys."""
+    return jax.P(None, *kv_spec)
+
+
+def check_divides(what: str, size: int, axes: Sequence[str] = (TENSOR,)) -> None:
+    """Raise a ValueError in words if ``size`` does not split over the mesh axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape.get(axis, 1) for axis in axes)
+    if size % parts:
+        divisors = [n for n in range(1, parts + 1) if size % n == 0]
+        raise ValueError(
+            f"{what} = {size} does not divide over mesh axes {', '.join(axes)} = "
+            f"{parts}; the nearest size that works is {divisors[-1]}"
+        )
+
+
+def row_shards() -> int:
+    """Over how many devices the rows of a batch are spread."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
+
+
+def put_rows(array: np.ndarray) -> jax.Array:
+    """Place a host array on the current mesh, its first axis over the rows."""
+    spec = jax.P(ROWS, *(None,) * (array.ndim - 1))
+    return jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), spec))
