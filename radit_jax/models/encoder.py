@@ -110,9 +110,7 @@ class Encoder(nnx.Module):
         self.config = config
         # BERT's vocabulary of 30,522 divides by no useful tensor axis; it is small.
         self.words = weight(words, (config.vocab_size, D), sharding.W_LD, 0.02)
-        self.positions = weight(
-            positions, (config.max_length, D), sharding.W_LD, 0.02
-        )
+        self.positions = weight(positions, (config.max_length, D), sharding.W_LD, 0.02)
         self.types = weight(types, (2, D), sharding.W_LD, 0.02)
         self.norm = constant(1.0, (D,), sharding.W_D)
         self.norm_bias = constant(0.0, (D,), sharding.W_D)
@@ -128,9 +126,7 @@ class Encoder(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """Last hidden states; padding (mask False) may stand on either side."""
         # Positions count real tokens' columns, as BERT does: 0 ... L - 1.
-        x_BLD = use(self.words, dtype).at[tokens_BL].get(
-            out_sharding=sharding.ACT_BLD
-        )
+        x_BLD = use(self.words, dtype).at[tokens_BL].get(out_sharding=sharding.ACT_BLD)
         length = tokens_BL.shape[1]
         x_BLD = x_BLD + use(self.positions, dtype)[None, :length]
         x_BLD = x_BLD + use(self.types, dtype)[None, :1]
@@ -158,9 +154,7 @@ class Encoder(nnx.Module):
         else:
             weights_BL = mask_BL.astype(jnp.float32)
             total_BE = jnp.einsum("BLD,BL->BD", states_BLD, weights_BL)
-            pooled_BE = total_BE / jnp.maximum(
-                weights_BL.sum(1, keepdims=True), 1.0
-            )
+            pooled_BE = total_BE / jnp.maximum(weights_BL.sum(1, keepdims=True), 1.0)
         if self.config.normalize:
             norm_B = jnp.linalg.norm(pooled_BE, axis=-1, keepdims=True)
             pooled_BE = pooled_BE / jnp.maximum(norm_B, 1e-12)

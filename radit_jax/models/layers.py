@@ -167,9 +167,10 @@ def rope_tables(
 ) -> tuple[Float[Array, "B L half"], Float[Array, "B L half"]]:
     """Sines and cosines of every position, once per forward pass, in float32."""
     frequencies, scale = rope.frequencies(head_size, length)
-    angles = positions_BL[..., None].astype(jnp.float32) * jnp.asarray(
-        frequencies, jnp.float32
-    )[None, None]
+    angles = (
+        positions_BL[..., None].astype(jnp.float32)
+        * jnp.asarray(frequencies, jnp.float32)[None, None]
+    )
     return jnp.sin(angles) * scale, jnp.cos(angles) * scale
 
 

@@ -93,16 +93,12 @@ class Block(nnx.Module):
     def finish(self, x_BLD: Array, mixed_BLHK: Array, eps: float) -> Array:
         """Output projection, residual and MLP."""
         with jax.named_scope("out"):
-            x_BLD = x_BLD + linear(
-                mixed_BLHK, use(self.w_o, x_BLD.dtype), contract=2
-            )
+            x_BLD = x_BLD + linear(mixed_BLHK, use(self.w_o, x_BLD.dtype), contract=2)
         h = rms_norm(x_BLD, self.mlp_norm[...], eps)
         with jax.named_scope("mlp"):
             gate = linear(h, use(self.w_gate, h.dtype))
             up = linear(h, use(self.w_up, h.dtype))
-            return x_BLD + linear(
-                jax.nn.silu(gate) * up, use(self.w_down, h.dtype)
-            )
+            return x_BLD + linear(jax.nn.silu(gate) * up, use(self.w_down, h.dtype))
 
 
 class Llama(nnx.Module):
