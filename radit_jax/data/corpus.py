@@ -277,8 +277,8 @@ class PassageStore:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, id: int) -> Passage:
-        return self.get([id])[0]
+    def __getitem__(self, id: int | np.integer) -> Passage:
+        return self.get([int(id)])[0]
 
     def __iter__(self) -> Iterator[Passage]:
         for start in range(0, len(self), 1024):
