@@ -132,8 +132,9 @@ def test_scann_finds_the_clusters_and_scores_are_exact(
         queries_BE=queries_BE,
         settings=index.ScannSettings(leaves_to_search=20),
     )
-    assert built.settings["leaves"] == 54
-    assert built.settings["leaves_to_search"] == 20
+    is_tree = structure == "tree_ah"
+    assert built.settings["leaves"] == (54 if is_tree else None)
+    assert built.settings["leaves_to_search"] == (20 if is_tree else None)
     assert (tmp_path / "a" / "scann" / "dataset.npy").exists() == (
         structure == "brute_force"
     )
@@ -226,12 +227,20 @@ def test_wrong_queries_are_refused(kind, tmp_path, mesh, monkeypatch):
     assert opened.search(queries_BE[:0], 3).ids.shape == (0, 3)
 
 
-def test_unknown_kind_names_the_nearest(tmp_path):
+def test_wrong_arguments_of_a_build_are_named(tmp_path):
     store = write_embeddings(np.ones((3, 2), np.float32), tmp_path)
     with pytest.raises(ValueError, match=r"unknown index kind 'scan'.*'scann'"):
         index.build_index("scan", store, tmp_path)
     with pytest.raises(ValueError, match="reorder must be at least 1, got 0"):
         index.ScannSettings(reorder=0)
+    for queries_BE, message in [
+        (np.ones((2, 3), np.float32), "width 3, the index has width 2"),
+        (np.ones((0, 2), np.float32), "no queries to measure"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.build_index("scann", store, tmp_path, queries_BE=queries_BE)
+    with pytest.raises(ValueError, match="sample must be at least 1, got 0"):
+        index.build_index("scann", store, tmp_path, sample=0)
 
 
 def test_an_index_that_is_not_whole_is_refused(tmp_path, mesh):

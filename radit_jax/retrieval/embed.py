@@ -18,9 +18,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-# Neighbours differ by at most a half, so that rounding a text up to the next length
-# wastes little, and the list is short, because each length is a program to compile.
-BUCKET_LENGTHS = (32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Rounding a text up to the next length wastes little, least where passages of 100 words
+# lie; the list is short, because each length is a program or two to compile.
+BUCKET_LENGTHS = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 # Batches that the device may be working on while the host prepares the next one.
 IN_FLIGHT = 2
@@ -126,7 +126,7 @@ class EmbeddingStore:
 def write_embeddings(
     embeddings_NE: Float[np.ndarray, "N E"],
     folder: str | os.PathLike[str],
-    shard_size: int = 65536,
+    shard_size: int = 16384,
 ) -> EmbeddingStore:
     """Writes embeddings that are already in memory as a store, and opens it."""
     folder = Path(folder)
@@ -145,7 +145,7 @@ def embed_passages(
     encode: Encode,
     folder: str | os.PathLike[str],
     *,
-    shard_size: int = 65536,
+    shard_size: int = 16384,
     batch_tokens: int = 8192,
     max_length: int = 512,
     row_multiple: int = 1,

@@ -89,13 +89,16 @@ class ScannSettings:
                 raise ValueError(f"ScaNN's {name} must be at least 1, got {value}")
 
     def resolve(self, size: int) -> "ScannSettings":
-        """These settings with every None replaced, for ``size`` passages."""
-        leaves = min(self.leaves or max(math.isqrt(size), 1), size)
+        """These settings for ``size`` passages; leaves stay None if there are none."""
+        leaves = leaves_to_search = None
+        if _structure(size) == "tree_ah":
+            leaves = min(self.leaves or math.isqrt(size), size)
+            leaves_to_search = min(self.leaves_to_search or -(-leaves // 10), leaves)
         return ScannSettings(
             leaves=leaves,
-            leaves_to_search=min(self.leaves_to_search or -(-leaves // 10), leaves),
+            leaves_to_search=leaves_to_search,
             reorder=self.reorder,
-            training_sample=self.training_sample or max(100_000, 40 * leaves),
+            training_sample=self.training_sample or max(100_000, 40 * (leaves or 0)),
             threads=self.threads or _cores(),
         )
 
@@ -107,7 +110,7 @@ class Built(NamedTuple):
     structure: str  # "exact", or ScaNN's "brute_force", "ah", "tree_ah"
     recall_at_10: float  # against exact search, on sampled queries
     seconds: float
-    settings: dict[str, int]  # ScaNN's, none left to default; {} for exact
+    settings: dict[str, int | None]  # ScaNN's, as resolved; {} for exact
 
 
 class ExactIndex:
@@ -142,7 +145,8 @@ class ExactIndex:
         rows = -(-self.size // mesh.size)
         self._block = max(min(block_size, MAX_SCORES // rows), 1)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(rows * mesh.size)
             found = embeddings.rows(start, stop)
             padding = stop - start - len(found)
@@ -390,7 +394,8 @@ def build_index(
         seed: of the sample.
 
     Raises:
-        ValueError: the kind is unknown, or the queries have another width.
+        ValueError: the kind is unknown, the queries have another width or are empty, or
+            sample < 1.
     """
     if kind not in KINDS:
         nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
@@ -398,6 +403,13 @@ def build_index(
             f"unknown index kind {kind!r}, expected one of {', '.join(KINDS)}; "
             f"did you mean {nearest!r}?"
         )
+    if queries_BE is not None:
+        # Before the build, which may take hours.
+        _check_queries(queries_BE, embeddings.shape[1], k=1)
+        if not len(queries_BE):
+            raise ValueError("there are no queries to measure the recall with")
+    if sample < 1:
+        raise ValueError(f"sample must be at least 1, got {sample}")
     if kind == "scann" and _import_scann() is None:
         logging.warning(
             "ScaNN cannot be imported (it has wheels for Linux only); the exact index "
@@ -487,7 +499,10 @@ def _cores() -> int:
 def _import_scann() -> ModuleType | None:
     """ScaNN's numpy interface, None where it is not installed or does not load."""
     try:
-        from scann.scann_ops.py import scann_ops_pybind
+        # It has no type stubs, and where it is not installed mypy cannot find it.
+        from scann.scann_ops.py import (  # type: ignore[import-untyped, import-not-found]
+            scann_ops_pybind,
+        )
     except ImportError:
         return None
     return scann_ops_pybind
