@@ -82,6 +82,11 @@ def test_borders_move_to_the_nearest_line_break():
     assert flat == ["a b c d e f", "g h i j k l"]
 
 
+def test_short_lines_make_equal_chunks():
+    chunks = split_passages(_document("a\n" * 12), 8)
+    assert [len(chunk.split()) for chunk in chunks] == [6, 6]
+
+
 def test_only_a_line_that_is_too_long_is_cut():
     rng = random.Random(0)
     for _ in range(200):

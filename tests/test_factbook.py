@@ -49,6 +49,7 @@ def _country(number):
             "Capital": {"name": _leaf(f"<b>Port {name}</b> (Old {name})")},
             "National color(s)": _leaf("red, white"),
         },
+        "Economy": {"Exports": {"Exports 2024": _leaf("$5 billion")}},
         "Transportation": {"Airports": _leaf(f"{number + 3} (2025)")},
     }
     if number % 2:
@@ -93,6 +94,7 @@ def test_documents_are_plain_lines_that_make_sense_alone(package):
     assert rows["aa/introduction"]["text"] == (
         "Background: LandA is old.\nBackground: End."
     )
+    assert rows["aa/economy"]["text"] == "Exports 2024: $5 billion"
     assert rows["aa/people-and-society"]["text"].endswith(
         "Languages: LandAish (official) <99%, French"
     )
@@ -108,7 +110,7 @@ def test_a_repeated_line_and_an_empty_section_are_left_out(package):
 def test_the_files_are_read_by_the_door_of_the_user(written):
     folder, counts = written
     read = list(read_documents(folder / "documents.jsonl"))
-    assert len(read) == counts["documents"] == 20 * 5 + 4
+    assert len(read) == counts["documents"] == 20 * 6 + 5
     assert isinstance(read[0], Document)
     assert list(counts) == list(FILES)
     for name in FILES[1:]:
