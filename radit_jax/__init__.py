@@ -1,0 +1,1 @@
+"""RA-DIT: retrieval-augmented dual instruction tuning in JAX."""

@@ -1,0 +1,1 @@
+"""From files to packed batches; numpy only, so that data workers start no backend."""

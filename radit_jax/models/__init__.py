@@ -1,0 +1,1 @@
+"""Language model and encoder, their weights' import, and attention."""

@@ -1,0 +1,1 @@
+"""Passage embeddings and the indexes that search them."""

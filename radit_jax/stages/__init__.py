@@ -1,0 +1,1 @@
+"""One recipe per stage; the rooms meet only here."""

@@ -1,0 +1,243 @@
+"""The training loop of both stages: pure step, thin loop.
+
+The loop knows nothing about models or tasks. It moves batches, times phases, logs
+one step late so that the device never waits for the host, validates, keeps
+checkpoints and stops on a signal or on a loss that is not finite.
+"""
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from radit_jax.checkpoint import Checkpoints
+from radit_jax.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    """All that training changes."""
+
+    step: jax.Array  # int32 scalar, optimizer steps done
+    params: Any
+    opt_state: Any
+    rng: jax.Array  # key data of the run's key; fold the step in to use it
+
+
+class Batches(Protocol):
+    """An iterator of host batches whose position can be saved and restored."""
+
+    def __next__(self) -> Any: ...
+    def get_state(self) -> Any: ...
+    def set_state(self, state: Any) -> None: ...
+
+
+class Schedule(NamedTuple):
+    """When the loop does what, in optimizer steps."""
+
+    steps: int
+    log_every: int
+    validate_every: int
+    save_every: int
+
+
+class Stopped(RuntimeError):
+    """Training ended before its last step; the message says where it can go on."""
+
+
+class NonFiniteLoss(Stopped):
+    """The loss or the gradient became NaN or infinite."""
+
+
+def fit(
+    state: TrainState,
+    *,
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
+    batches: Batches,
+    place: Callable[[Any], Any],
+    validate: Callable[[Any], dict[str, float]],
+    checkpoints: Checkpoints,
+    tracker: Tracker,
+    schedule: Schedule,
+    flops_per_token: float = 0.0,
+    peak_flops: float = 0.0,
+) -> TrainState:
+    """Train until ``schedule.steps``, going on from the newest checkpoint if any.
+
+    Args:
+        state: the initial state; it is donated.
+        step: jitted and pure; its metrics hold ``loss``, ``grad_norm`` and ``tokens``
+            (useful ones, padding apart), all scalars.
+        batches: host batches.
+        place: puts a host batch on the mesh.
+        validate: parameters -> validation metrics; also called before the first step,
+            so that the curve and the choice of the best checkpoint include the start.
+        checkpoints: where the state goes, and which metric says what is best.
+        tracker: where metrics go.
+        schedule: how often.
+        flops_per_token: model FLOPs of one useful token, for utilisation.
+        peak_flops: of all devices together, per second.
+
+    Raises:
+        NonFiniteLoss: with the step; nothing after the last good checkpoint is kept.
+        Stopped: SIGTERM or SIGINT arrived; the state was saved first.
+        CheckpointError: a checkpoint could not be written or read.
+    """
+    restored = checkpoints.latest
+    if restored is not None:
+        log.info("going on from step %d of %s", restored, checkpoints.folder)
+        state = _restore(checkpoints, restored, state, batches)
+    done = int(state.step)
+    if done == 0 and restored is None:
+        scores = validate(state.params)
+        tracker.log(0, scores, prefix="validation")
+        _save(checkpoints, 0, state, batches, scores)
+    timer = _Timer()
+    late: tuple[int, dict[str, jax.Array]] | None = None
+    with _signals() as stop:
+        while done < schedule.steps:
+            with timer("data"):
+                batch = place(next(batches))
+            with timer("step"):
+                state, metrics = step(state, batch)
+                done += 1
+                # Wait for the step before: the device always has one queued.
+                if late is not None:
+                    _check(*late, timer)
+            late = (done, metrics)
+            last = done == schedule.steps
+            if last or done % schedule.log_every == 0:
+                with timer("step"):
+                    _check(*late, timer)
+                late = None
+                rates = timer.rates(flops_per_token, peak_flops)
+                scalars = {name: float(value) for name, value in metrics.items()}
+                tracker.log(done, scalars | rates, prefix="train")
+            scores = None
+            if last or done % schedule.validate_every == 0:
+                with timer("validate"):
+                    scores = validate(state.params)
+                tracker.log(done, scores, prefix="validation")
+            if last or stop.is_set() or scores or done % schedule.save_every == 0:
+                if late is not None:
+                    _check(*late, timer)
+                    late = None
+                with timer("checkpoint"):
+                    _save(checkpoints, done, state, batches, scores)
+            if stop.is_set() and not last:
+                checkpoints.wait()
+                raise Stopped(
+                    f"stopped by a signal at step {done} of {schedule.steps}; saved in "
+                    f"{checkpoints.folder}. Run the same command to go on"
+                )
+    checkpoints.wait()
+    return state
+
+
+def _check(step: int, metrics: Mapping[str, jax.Array], timer: "_Timer") -> None:
+    """Fetch a step's metrics and refuse to go on from a broken one."""
+    for name in ("loss", "grad_norm"):
+        value = float(metrics[name])
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"{name} is {value} at step {step}. The newest checkpoint holds the "
+                "state before it; lower the learning rate or look at that batch"
+            )
+    timer.tokens += float(metrics["tokens"])
+
+
+def _save(
+    checkpoints: Checkpoints,
+    step: int,
+    state: TrainState,
+    batches: Batches,
+    scores: Mapping[str, float] | None,
+) -> None:
+    trees = {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "rng": {"key_data": state.rng, "step": state.step},
+        "data": batches,
+    }
+    checkpoints.save(step, trees, scores)
+
+
+def _restore(
+    checkpoints: Checkpoints, step: int, state: TrainState, batches: Batches
+) -> TrainState:
+    targets = {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "rng": {"key_data": state.rng, "step": state.step},
+        "data": batches,
+    }
+    found = checkpoints.restore(step, targets)
+    return TrainState(
+        step=found["rng"]["step"],
+        params=found["params"],
+        opt_state=found["opt_state"],
+        rng=found["rng"]["key_data"],
+    )
+
+
+class _Timer:
+    """Seconds of each named phase, and tokens, since the last report."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.tokens = 0.0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+    def rates(self, flops_per_token: float, peak_flops: float) -> dict[str, float]:
+        """Report and start over; rates count data and step, not validation."""
+        training = self.seconds.get("data", 0.0) + self.seconds.get("step", 0.0)
+        speed = self.tokens / training if training else 0.0
+        found = {f"seconds/{name}": value for name, value in self.seconds.items()}
+        found["tokens_per_second"] = speed
+        if peak_flops:
+            found["mfu"] = speed * flops_per_token / peak_flops
+        self.seconds, self.tokens = {}, 0.0
+        return found
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """SIGTERM and the first Ctrl-C ask the loop to save and stop."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    handled = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in handled}
+
+    def ask(number: int, frame: Any) -> None:
+        log.warning("signal %d: saving after this step, then stopping", number)
+        stop.set()
+        # A second one is obeyed at once.
+        signal.signal(number, before[number])
+
+    for number in handled:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number in handled:
+            signal.signal(number, before[number])
