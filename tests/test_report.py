@@ -272,6 +272,7 @@ def test_plot_is_readable_at_800_pixels(written):
     assert tuple(bytes.fromhex(report._COLOURS[2][1:])) not in colours
 
 
+@pytest.mark.filterwarnings("error")  # of an axis without extent
 def test_many_datasets_fill_a_grid(tmp_path):
     rows = [Row("a", f"set {i}", "em", 0.0, 4, 0.0, 0.0) for i in range(4)]
     report.plot_results(rows, tmp_path / "all_zero.png")

@@ -135,7 +135,12 @@ def test_a_lost_line_end_costs_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "complaint"), [("{", "not JSON"), ("[1]", "an object with a step")]
+    ("line", "complaint"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "an object with a step"),
+        ('{"loss": 1.0}', "an object with a step"),
+    ],
 )
 def test_damage_elsewhere_is_an_error(tmp_path, line, complaint):
     path = tmp_path / "metrics.jsonl"
@@ -230,6 +235,17 @@ def test_curves_are_a_picture_with_gaps_for_nan(tmp_path, monkeypatch):
     ((step, value),) = curve_lines(monkeypatch, path, png)["training loss"]["train"]
     assert step == 1
     assert math.isnan(value)
+
+
+def test_curves_say_what_was_not_logged(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    texts = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **style: texts.append(s))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n')
+    curve_lines(monkeypatch, path, tmp_path / "curves.png")
+    assert texts == ["not logged"] * 3
 
 
 def test_curves_of_nothing_are_refused(tmp_path):
