@@ -19,7 +19,7 @@ METRICS_FILE = "metrics.jsonl"
 # The names that ``plot_curves`` looks for.
 LOSS = "loss"
 LEARNING_RATE = "learning_rate"
-TOKENS_PER_SECOND = "tokens/s"
+TOKENS_PER_SECOND = "tokens_per_second"
 
 # A progress line in a log file at most this often.
 _LOG_SECONDS = 15.0
@@ -38,8 +38,8 @@ class Tracker:
     Args:
         folder: where ``metrics.jsonl`` and ``tensorboard/`` go; made if need be.
         config_summary: settings shown with the run in TensorBoard and wandb.
-        resume_step: the first step that will be logged; 0 starts over. Without it the
-            folder must not hold metrics yet.
+        resume_step: the first step that will be logged, one past that of the restored
+            checkpoint; 0 starts over. Without it the folder must not hold metrics yet.
         wandb_project: also log to this Weights & Biases project; "" for none.
 
     Raises:
@@ -208,9 +208,9 @@ def _import_wandb(project: str) -> Any:
 def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     """Draw training and validation loss, learning rate and tokens per second.
 
-    Metrics are found by the names ``loss``, ``learning_rate`` and ``tokens/s`` under
-    any prefix; ``train/loss`` is the training loss and every other loss is validation.
-    Steps whose value was not finite are gaps in the line.
+    Metrics are found by the names ``loss``, ``learning_rate`` and
+    ``tokens_per_second`` under any prefix; ``train/loss`` is the training loss and every
+    other loss is validation. Steps whose value was not finite are gaps in the line.
 
     Args:
         metrics_jsonl: a file that a ``Tracker`` wrote; a half-written last line is

@@ -50,9 +50,9 @@ def scalars(folder):
 
 def test_metrics_reach_the_file_at_once(tmp_path):
     with Tracker(tmp_path / "new" / "run") as run:
-        run.log(5, {"loss": np.float32(0.5), "tokens/s": 100}, prefix="train")
+        run.log(5, {"loss": np.float32(0.5), "tokens_per_second": 100}, prefix="train")
         # Not closed yet: this is what a kill would leave.
-        row = {"step": 5, "train/loss": 0.5, "train/tokens/s": 100.0}
+        row = {"step": 5, "train/loss": 0.5, "train/tokens_per_second": 100.0}
         assert rows(tmp_path / "new" / "run") == [row]
         run.log(5, {"loss": 0.25}, prefix="validation")
     assert rows(tmp_path / "new" / "run")[1] == {"step": 5, "validation/loss": 0.25}
@@ -214,7 +214,12 @@ def test_curves_show_every_series(tmp_path, monkeypatch):
     with Tracker(tmp_path) as run:
         for step in range(3):
             run.log(
-                step, {"loss": 2.0 - step, "learning_rate": 0.5, "tokens/s": 10 + step}
+                step,
+                {
+                    "loss": 2.0 - step,
+                    "learning_rate": 0.5,
+                    "tokens_per_second": 10 + step,
+                },
             )
         run.log(2, {"loss": 3.0}, prefix="validation")
         run.log(2, {"loss": 4.0}, prefix="test")
