@@ -209,7 +209,7 @@ def plot_curves(metrics_jsonl: str | Path, png: str | Path) -> None:
     """Draw training and validation loss, learning rate and tokens per second.
 
     Metrics are found by the names ``loss``, ``learning_rate`` and
-    ``tokens_per_second`` under any prefix; ``train/loss`` is the training loss and every
+    ``tokens_per_second`` under any prefix; ``train/loss`` is the training loss, every
     other loss is validation. Steps whose value was not finite are gaps in the line.
 
     Args:
