@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
 from jax.sharding import reshard
+from jaxtyping import Array, Float, Int
 
 from radit_jax import sharding
 
@@ -184,3 +184,14 @@ def rotate(
     return jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     )
+
+
+def pick(
+    x_BLD: Float[Array, "B L D"], sites_BT: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Rows of each sequence at the given sites; local to the devices of a row."""
+
+    def of_row(x_LD: Array, sites_T: Array) -> Array:
+        return x_LD.at[sites_T].get(mode="clip")
+
+    return jax.vmap(of_row)(x_BLD, sites_BT)

@@ -1,0 +1,291 @@
+"""From examples and their passages to packed batches for LM-FT, with Grain.
+
+numpy only: a data worker must never start a jax backend. The position in the data
+is Grain's own iterator state, saved with every checkpoint.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import numpy as np
+
+from radit_jax.batch import Example, Packed, Passage
+from radit_jax.data import prompts
+
+CONTEXT_ROLES = ("none", "only", "add")
+
+
+class Passages(Protocol):
+    """Random access to the corpus by passage id."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, id: int) -> Passage: ...
+
+
+class Dataset(NamedTuple):
+    """One dataset of the mixture with what was retrieved for it."""
+
+    name: str
+    examples: Sequence[Example]
+    passage_ids: np.ndarray  # int64 [examples, k], best first; -1: none
+
+
+class Mixture(NamedTuple):
+    """How instances are made, mixed and packed."""
+
+    passages_per_example: int = 3  # k~ (RA-DIT App. B)
+    context: str = "none"  # what a given context is for; see instances()
+    dataset_cap: int = 7500  # eta: a dataset weighs as if it had at most this many
+    plain_text_share: float = 0.1  # of instances; loss on all their tokens
+    row_tokens: int = 2048  # L
+    row_targets: int = 1024  # T, room for loss-carrying tokens in a row
+    rows: int = 64  # per optimizer step, all processes together
+    micro_batches: int = 1  # gradient accumulation
+    packing_bins: int = 64  # rows packed at once; more means less padding
+    bos: bool = True
+    seed: int = 0
+
+
+def instances(dataset: Dataset, passages_per_example: int, context: str) -> np.ndarray:
+    """(example, passage id) of every training instance, int64 [instances, 2].
+
+    Passage id -1 stands for the example's own context. RA-DIT footnote 4: ``none``
+    pairs every example with each of its top passages; ``only`` (summaries, questions
+    about a given text) uses the given context alone; ``add`` (self-contained reading
+    comprehension) uses both, k~ + 1 instances.
+
+    Raises:
+        ValueError: no instance comes out, or an example lacks the context it needs.
+    """
+    if context not in CONTEXT_ROLES:
+        raise ValueError(f"data.context = {context!r} is not one of {CONTEXT_ROLES}")
+    pairs = []
+    for i, example in enumerate(dataset.examples):
+        if context != "none":
+            if not example.context:
+                raise ValueError(
+                    f"dataset {dataset.name}: example {example.id} has no `context`, "
+                    f"which data.context = {context!r} needs"
+                )
+            pairs.append((i, -1))
+        if context != "only":
+            ids = dataset.passage_ids[i, :passages_per_example]
+            pairs += [(i, int(id)) for id in ids if id >= 0]
+    if not pairs:
+        raise ValueError(f"dataset {dataset.name} yields no training instance")
+    return np.asarray(pairs, np.int64)
+
+
+class _Renderer:
+    """Turns an instance into tokens, with markers drawn per instance."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        passages: Passages,
+        tokenizer: prompts.Tokenizer,
+        mixture: Mixture,
+    ):
+        self.dataset = dataset
+        self.passages = passages
+        self.tokenizer = tokenizer
+        self.mixture = mixture
+
+    def __call__(self, pair: np.ndarray, rng: np.random.Generator) -> dict:
+        example = self.dataset.examples[int(pair[0])]
+        passage_id = int(pair[1])
+        passage = (
+            self.passages[passage_id].display if passage_id >= 0 else example.context
+        )
+        questions, answers = prompts.QUESTION_MARKERS, prompts.ANSWER_MARKERS
+        prompt = prompts.render(
+            self.tokenizer,
+            example.question,
+            self.mixture.row_tokens,
+            passage=passage,
+            answer=example.answers[0],
+            question_marker=questions[int(rng.integers(len(questions)))],
+            answer_marker=answers[int(rng.integers(len(answers)))],
+            bos=self.mixture.bos,
+        )
+        return _features(
+            prompt.tokens, prompt.answer_start, self.mixture.row_targets, example.id
+        )
+
+
+class _PlainText:
+    """A passage as plain text: every token is a target."""
+
+    def __init__(
+        self, passages: Passages, tokenizer: prompts.Tokenizer, mixture: Mixture
+    ):
+        self.passages = passages
+        self.tokenizer = tokenizer
+        self.mixture = mixture
+
+    def __call__(self, id: int) -> dict:
+        tokenizer, mixture = self.tokenizer, self.mixture
+        start = (
+            [tokenizer.bos_id] if mixture.bos and tokenizer.bos_id is not None else []
+        )
+        tokens = start + tokenizer.encode(self.passages[int(id)].display)
+        room = min(mixture.row_tokens, mixture.row_targets)
+        tokens = [*tokens[: room - 1], tokenizer.eos_id]
+        return _features(tokens, 1, mixture.row_targets, f"passage {id}")
+
+
+def _features(tokens: list[int], start: int, row_targets: int, what: str) -> dict:
+    """Tokens, and the sites whose successors, from ``start`` on, carry loss."""
+    if len(tokens) - start > row_targets:
+        raise ValueError(
+            f"{what}: an answer of {len(tokens) - start} tokens, <eos> included, is "
+            f"longer than lm_ft.row_targets = {row_targets}"
+        )
+    # A segment's first token has no predecessor that could predict it.
+    start = max(start, 1)
+    return {
+        "tokens": np.asarray(tokens, np.int32),
+        "sites": np.arange(start - 1, len(tokens) - 1, dtype=np.int32),
+        "targets": np.asarray(tokens[start:], np.int32),
+    }
+
+
+def _pack(dataset: grain.IterDataset, mixture: Mixture, bins: int) -> grain.IterDataset:
+    packed = grain.experimental.FirstFitPackIterDataset(
+        dataset,
+        length_struct={
+            "tokens": mixture.row_tokens,
+            "sites": mixture.row_targets,
+            "targets": mixture.row_targets,
+        },
+        num_packing_bins=bins,
+        seed=mixture.seed,
+        shuffle_bins=True,
+    )
+    return packed.map(_absolute_sites)
+
+
+def _absolute_sites(row: dict) -> Packed:
+    """Sites count from the start of their segment; make them count from the row's."""
+    segment_ids, positions = row["tokens_segment_ids"], row["tokens_positions"]
+    starts = np.zeros(segment_ids.max() + 1, np.int32)
+    first = np.flatnonzero((positions == 0) & (segment_ids > 0))
+    starts[segment_ids[first]] = first
+    segment_of_site = row["sites_segment_ids"]
+    used = segment_of_site > 0
+    return Packed(
+        tokens_BL=row["tokens"].astype(np.int32),
+        segment_ids_BL=segment_ids.astype(np.int32),
+        positions_BL=positions.astype(np.int32),
+        sites_BT=np.where(used, row["sites"] + starts[segment_of_site], 0).astype(
+            np.int32
+        ),
+        targets_BT=np.where(used, row["targets"], 0).astype(np.int32),
+        weights_BT=used.astype(np.float32),
+    )
+
+
+def mixture_weights(datasets: Sequence[Dataset], mixture: Mixture) -> list[float]:
+    """Share of instances of each dataset, then of plain text if it has any.
+
+    Examples-proportional with a cap (RA-DIT section 3.2): a dataset weighs
+    min(its examples, ``dataset_cap``).
+    """
+    sizes = [min(len(d.examples), mixture.dataset_cap) for d in datasets]
+    shares = [(1 - mixture.plain_text_share) * size / sum(sizes) for size in sizes]
+    return [*shares, mixture.plain_text_share] if mixture.plain_text_share else shares
+
+
+def training_batches(
+    datasets: Sequence[Dataset],
+    passages: Passages,
+    tokenizer: prompts.Tokenizer,
+    mixture: Mixture,
+    process: int = 0,
+    processes: int = 1,
+) -> grain.DatasetIterator[Packed]:
+    """Packed batches without end, their arrays shaped [micro-batches, rows, ...].
+
+    Every dataset is reshuffled each time it is exhausted. Each process sees its own
+    part of the mixture: every ``processes``-th instance, before packing.
+
+    Raises:
+        ValueError: rows do not divide, or a dataset is empty (as ``instances``).
+    """
+    parts = processes * mixture.micro_batches
+    if mixture.rows % parts:
+        raise ValueError(
+            f"lm_ft.rows = {mixture.rows} does not divide over {processes} processes x "
+            f"{mixture.micro_batches} micro-batches; the nearest multiple is "
+            f"{max(round(mixture.rows / parts), 1) * parts}"
+        )
+    sources = []
+    for i, dataset in enumerate(datasets):
+        pairs = instances(dataset, mixture.passages_per_example, mixture.context)
+        renderer = _Renderer(dataset, passages, tokenizer, mixture)
+        sources.append(
+            grain.MapDataset.source(pairs)
+            .shuffle(seed=mixture.seed + i)
+            .repeat(reseed_each_epoch=True)
+            .random_map(renderer, seed=mixture.seed + i)
+        )
+    if mixture.plain_text_share:
+        sources.append(
+            grain.MapDataset.range(len(passages))
+            .shuffle(seed=mixture.seed + len(datasets))
+            .repeat(reseed_each_epoch=True)
+            .map(_PlainText(passages, tokenizer, mixture))
+        )
+    mixed = grain.MapDataset.mix(sources, mixture_weights(datasets, mixture))
+    rows = mixture.rows // parts
+    # Few reading threads: rendering is Python, and the device may be this very CPU.
+    ds = mixed[process::processes].to_iter_dataset(
+        grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
+    )
+    ds = _pack(ds, mixture, max(mixture.packing_bins, rows))
+    ds = ds.batch(rows).batch(mixture.micro_batches)
+    return iter(
+        grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=2)
+    )
+
+
+def validation_batches(
+    dataset: Dataset,
+    passages: Passages,
+    tokenizer: prompts.Tokenizer,
+    mixture: Mixture,
+    rows: int,
+) -> Iterator[Packed]:
+    """Every example once with its top passage, packed; the last batch is padded.
+
+    Markers are the evaluation's, so the batches are the same each time.
+    """
+    source = []
+    for i, example in enumerate(dataset.examples):
+        id = int(dataset.passage_ids[i, 0])
+        prompt = prompts.render(
+            tokenizer,
+            example.question,
+            mixture.row_tokens,
+            passage=passages[id].display if id >= 0 else "",
+            answer=example.answers[0],
+            bos=mixture.bos,
+        )
+        source.append(
+            _features(
+                prompt.tokens, prompt.answer_start, mixture.row_targets, example.id
+            )
+        )
+    order = grain.MapDataset.source(source).to_iter_dataset()
+    packed = list(_pack(order, mixture, max(mixture.packing_bins, rows)))
+    for start in range(0, len(packed), rows):
+        chosen = packed[start : start + rows]
+        empty = Packed(*(np.zeros_like(field) for field in chosen[0]))
+        chosen += [empty] * (rows - len(chosen))
+        yield Packed(*(np.stack(fields) for fields in zip(*chosen, strict=True)))
+
+
+def padding_share(batch: Any) -> float:
+    """Share of a packed batch's tokens that is padding."""
+    return float(np.mean(batch.segment_ids_BL == 0))

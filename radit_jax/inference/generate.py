@@ -1,0 +1,328 @@
+"""Generation: prefill and decode with a KV cache, batched over prompts.
+
+Prompts are sorted by length and cut into batches of a few bucketed shapes, so that
+little is padding and few programs are compiled. What a prompt yields depends
+neither on its batch mates nor on its bucket.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import reshard
+from jaxtyping import Array, Bool, Float, Int
+
+from radit_jax import sharding
+from radit_jax.models.attention import Layout
+from radit_jax.models.layers import pick
+from radit_jax.models.llama import Cache, Llama
+
+BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
+# Decoding steps between two looks at the text for stop strings of several tokens.
+CHUNK = 8
+
+
+class Tokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
+    eos_id: int
+    vocab_size: int
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        ...
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0  # nucleus; only with a temperature
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+class Generated(NamedTuple):
+    """What one prompt yielded."""
+
+    text: str  # up to the first stop, stripped
+    tokens: list[int]  # the stopping token included, when there is one
+    log_probability: float  # sum over ``tokens``, of the model's own distribution
+    stopped: bool  # False when max_new_tokens ended it
+
+
+class Decoding(NamedTuple):
+    """State of a batch between decoding steps."""
+
+    cache: Cache
+    logits_BV: Float[Array, "B V"]  # of the next token
+    positions_B: Int[Array, " B"]  # of the next token
+    done_B: Bool[Array, " B"]
+    tokens_BL: Int[Array, "B L"]  # generated so far
+    log_probabilities_BL: Float[Array, "B L"]
+    step: Int[Array, ""]  # tokens generated so far
+
+
+def stop_table(tokenizer: Tokenizer, stop: Sequence[str], size: int) -> np.ndarray:
+    """True for <eos> and for every token whose text holds a stop string, bool [V].
+
+    Args:
+        tokenizer: gives the text of each token.
+        stop: stop strings.
+        size: V of the model, which may be padded beyond the tokenizer's.
+    """
+    table = np.zeros(size, bool)
+    table[tokenizer.eos_id] = True
+    if stop:
+        for id in range(min(tokenizer.vocab_size, size)):
+            text = tokenizer.decode([id])
+            table[id] |= any(string in text for string in stop)
+    return table
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "dtype"))
+def prefill(
+    model: Llama,
+    tokens_BL: Int[Array, "B L"],
+    lengths_B: Int[Array, " B"],
+    max_new_tokens: int,
+    dtype: jnp.dtype,
+) -> Decoding:
+    """Read right-padded prompts and give the state to decode from."""
+    B, L = tokens_BL.shape
+    columns_BL = jax.lax.broadcasted_iota(
+        jnp.int32, (B, L), 1, out_sharding=sharding.ROWS_BL
+    )
+    layout = Layout((columns_BL < lengths_B[:, None]).astype(jnp.int32), columns_BL)
+    cache = model.empty_cache(B, L + max_new_tokens, dtype)
+    hidden_BLD, cache = model.extend(tokens_BL, layout, cache, 0)
+    last_BLD = pick(hidden_BLD, jnp.maximum(lengths_B - 1, 0)[:, None])
+    empty = functools.partial(jnp.zeros, (B, max_new_tokens))
+    return Decoding(
+        cache=cache,
+        logits_BV=_logits(model, last_BLD),
+        positions_B=lengths_B,
+        done_B=lengths_B == 0,
+        tokens_BL=empty(jnp.int32, out_sharding=sharding.ROWS_BL),
+        log_probabilities_BL=empty(jnp.float32, out_sharding=sharding.ROWS_BL),
+        step=jnp.int32(0),
+    )
+
+
+def _logits(model: Llama, hidden_BLD: Array) -> Array:
+    """Logits [B, V] of one hidden state per row, whole on the devices of the row."""
+    logits_BLV = model.logits(hidden_BLD)
+    return reshard(logits_BLV, jax.P(sharding.ROWS, None, None))[:, 0]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("chunk", "sampling"), donate_argnames="state"
+)
+def decode(
+    model: Llama,
+    state: Decoding,
+    stop_V: Bool[Array, " V"],
+    seeds_B: Int[Array, " B"],
+    chunk: int,
+    sampling: Sampling,
+) -> Decoding:
+    """Up to ``chunk`` more tokens; fewer once every row has stopped."""
+    limit = jnp.minimum(state.step + chunk, state.tokens_BL.shape[1])
+
+    def unfinished(state: Decoding) -> Array:
+        return (state.step < limit) & ~jnp.all(state.done_B)
+
+    def one(state: Decoding) -> Decoding:
+        log_BV = jax.nn.log_softmax(state.logits_BV, axis=-1)
+        chosen_B = _choose(state.logits_BV, seeds_B, state.step, sampling)
+        chosen_B = jnp.where(state.done_B, 0, chosen_B)
+        chosen_log_B = jnp.take_along_axis(log_BV, chosen_B[:, None], axis=1)[:, 0]
+        write = jax.lax.dynamic_update_slice_in_dim
+        live_B = ~state.done_B
+        tokens_BL = write(state.tokens_BL, chosen_B[:, None], state.step, 1)
+        log_probabilities_BL = write(
+            state.log_probabilities_BL,
+            jnp.where(live_B, chosen_log_B, 0.0)[:, None],
+            state.step,
+            1,
+        )
+        layout = Layout(live_B.astype(jnp.int32)[:, None], state.positions_B[:, None])
+        slot = state.cache.keys_SBMGK.shape[2] - state.tokens_BL.shape[1] + state.step
+        hidden_BLD, cache = model.extend(chosen_B[:, None], layout, state.cache, slot)
+        return Decoding(
+            cache=cache,
+            logits_BV=_logits(model, hidden_BLD),
+            positions_B=state.positions_B + 1,
+            done_B=state.done_B | stop_V.at[chosen_B].get(out_sharding=sharding.ROWS_B),
+            tokens_BL=tokens_BL,
+            log_probabilities_BL=log_probabilities_BL,
+            step=state.step + 1,
+        )
+
+    return jax.lax.while_loop(unfinished, one, state)
+
+
+def _choose(logits_BV: Array, seeds_B: Array, step: Array, sampling: Sampling) -> Array:
+    """Next token of each row: the likeliest, or a nucleus sample."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
+
+    def of_row(logits_V: Array, seed: Array) -> Array:
+        if sampling.top_p < 1:
+            sorted_V = jnp.sort(logits_V, descending=True)
+            mass_V = jnp.cumsum(jax.nn.softmax(sorted_V))
+            # The smallest set that reaches top_p: its last member crosses it.
+            cut = sorted_V[jnp.sum(mass_V < sampling.top_p)]
+            logits_V = jnp.where(logits_V < cut, -jnp.inf, logits_V)
+        # Keyed by prompt and step, so that batch mates change nothing.
+        key = jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(sampling.seed), seed), step
+        )
+        return jnp.argmax(logits_V + jax.random.gumbel(key, logits_V.shape))
+
+    return jax.vmap(of_row)(logits_BV, seeds_B).astype(jnp.int32)
+
+
+def generate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    batch_tokens: int = 8192,
+    dtype: jnp.dtype = jnp.float32,
+    progress: Callable[[int], None] | None = None,
+) -> list[Generated]:
+    """Continue every prompt until <eos>, a stop string or ``max_new_tokens``.
+
+    Args:
+        model: on the current mesh.
+        tokenizer: decodes, and names <eos>.
+        prompts: token ids of each prompt; none may be empty.
+        max_new_tokens: at most this many tokens are generated.
+        stop: stop strings; the text ends before the first of them.
+        sampling: greedy by default.
+        batch_tokens: rows x (prompt bucket + max_new_tokens) of a batch at most.
+        dtype: compute and cache dtype.
+        progress: called with the number of prompts just finished.
+
+    Raises:
+        ValueError: an empty prompt, or one longer than the model's context leaves
+            room for.
+    """
+    longest = model.config.max_length - max_new_tokens
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= longest:
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; between 1 and {longest} fit "
+                f"(context of {model.config.max_length} less {max_new_tokens} new ones)"
+            )
+    stop_V = jnp.asarray(stop_table(tokenizer, stop, model.config.vocab_size))
+    results: list[Generated | None] = [None] * len(prompts)
+    for bucket, chosen in _batches(prompts, max_new_tokens, batch_tokens, longest):
+        rows = _rows(bucket, max_new_tokens, batch_tokens)
+        tokens_BL = np.zeros((rows, bucket), np.int32)
+        lengths_B, seeds_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        for row, i in enumerate(chosen):
+            tokens_BL[row, : len(prompts[i])] = prompts[i]
+            lengths_B[row], seeds_B[row] = len(prompts[i]), i
+        tokens_BL, lengths_B, seeds_B = map(
+            sharding.put_rows, (tokens_BL, lengths_B, seeds_B)
+        )
+        state = prefill(model, tokens_BL, lengths_B, max_new_tokens, dtype)
+        found = _finish(model, tokenizer, state, stop_V, seeds_B, stop, sampling)
+        for row, i in enumerate(chosen):
+            results[i] = found[row]
+        if progress is not None:
+            progress(len(chosen))
+    return [result for result in results if result is not None]
+
+
+def _rows(bucket: int, max_new_tokens: int, batch_tokens: int) -> int:
+    """Rows of a batch: as many as the budget holds, a multiple of the row shards."""
+    shards = sharding.row_shards()
+    return max(batch_tokens // (bucket + max_new_tokens) // shards, 1) * shards
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], new: int, batch_tokens: int, longest: int
+) -> list[tuple[int, list[int]]]:
+    """(bucket, prompt numbers) of each batch, short prompts first."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    buckets = [*(b for b in BUCKETS if b < longest), longest]
+    batches: list[tuple[int, list[int]]] = []
+    for i in order:
+        bucket = next(b for b in buckets if len(prompts[i]) <= b)
+        if (
+            not batches
+            or batches[-1][0] != bucket
+            or len(batches[-1][1]) == _rows(bucket, new, batch_tokens)
+        ):
+            batches.append((bucket, []))
+        batches[-1][1].append(i)
+    return batches
+
+
+def _finish(
+    model: Llama,
+    tokenizer: Tokenizer,
+    state: Decoding,
+    stop_V: Array,
+    seeds_B: Array,
+    stop: Sequence[str],
+    sampling: Sampling,
+) -> list[Generated]:
+    """Decode chunk by chunk, looking for stop strings in between."""
+    table = np.asarray(stop_V)
+    limit = state.tokens_BL.shape[1]
+    while True:
+        state = decode(model, state, stop_V, seeds_B, CHUNK, sampling)
+        step, done = int(state.step), np.asarray(state.done_B)
+        tokens_BL = np.asarray(state.tokens_BL)
+        log_BL = np.asarray(state.log_probabilities_BL)
+        found = [
+            _cut(tokenizer, tokens_BL[row, :step].tolist(), log_BL[row], table, stop)
+            for row in range(len(done))
+        ]
+        done = done | np.asarray([result.stopped for result in found])
+        if step == limit or done.all():
+            return found
+        state = state._replace(done_B=sharding.put_rows(done))
+
+
+def _cut(
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    log_L: np.ndarray,
+    table: np.ndarray,
+    stop: Sequence[str],
+) -> Generated:
+    """End a row at its first stop token or stop string."""
+    stopped = False
+    for n, token in enumerate(tokens, 1):
+        if table[token]:
+            tokens, stopped = tokens[:n], True
+            break
+    body = tokens[:-1] if stopped and tokens[-1] == tokenizer.eos_id else tokens
+    text = tokenizer.decode(body)
+    places = [text.index(string) for string in stop if string in text]
+    if places and not stopped:
+        # A stop string of several tokens: drop what was generated beyond it.
+        stopped = True
+        n = next(
+            n
+            for n in range(1, len(tokens) + 1)
+            if any(string in tokenizer.decode(tokens[:n]) for string in stop)
+        )
+        tokens = tokens[:n]
+    if places:
+        text = text[: min(places)]
+    return Generated(text.strip(), tokens, float(log_L[: len(tokens)].sum()), stopped)
