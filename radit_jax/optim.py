@@ -61,6 +61,11 @@ def optimizer(
     )
 
 
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together, in float32."""
+    return optax.tree.norm(tree)
+
+
 def decayed(model: Any) -> Any:
     """True for the weights that decay: all but norms and biases, told by name."""
 

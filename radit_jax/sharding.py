@@ -122,7 +122,16 @@ def row_shards() -> int:
     return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
+def put(array: np.ndarray, spec: jax.P) -> jax.Array:
+    """Place a host array on the current mesh.
+
+    With several processes each one holds its own rows, and the global array is all
+    of them together.
+    """
+    placement = NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.make_array_from_process_local_data(placement, np.asarray(array))
+
+
 def put_rows(array: np.ndarray) -> jax.Array:
     """Place a host array on the current mesh, its first axis over the rows."""
-    spec = jax.P(ROWS, *(None,) * (array.ndim - 1))
-    return jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), spec))
+    return put(array, jax.P(ROWS, *(None,) * (array.ndim - 1)))

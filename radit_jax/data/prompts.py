@@ -26,7 +26,9 @@ class Prompt(NamedTuple):
     """A tokenised prompt, and how it was made to fit."""
 
     tokens: list[int]
-    answer_start: int  # tokens from here on are the answer; = len(tokens) if there is none
+    answer_start: (
+        int  # tokens from here on are the answer; = len(tokens) if there is none
+    )
     passage_cut: int  # passage tokens dropped
     question_cut: int  # question tokens dropped, once no passage was left to cut
 

@@ -1,0 +1,50 @@
+"""What the devices can do at most, for model FLOPs utilisation."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+
+# Dense bf16 FLOP/s of one chip, from the vendors' data sheets.
+PEAK_BF16 = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(dtype: jnp.dtype) -> float:
+    """FLOP/s of all devices of the current mesh together.
+
+    Known accelerators by their data sheet. On a CPU, whose sheet says little of what
+    matrix products reach, the best of a few measured ones; 0 where nothing is known.
+    """
+    mesh = jax.sharding.get_mesh()
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        # Fake devices share the cores of one host.
+        return measured_matmul(dtype)
+    kinds = sorted(PEAK_BF16, key=len, reverse=True)
+    kind = next((k for k in kinds if device.device_kind.startswith(k)), None)
+    return mesh.size * PEAK_BF16[kind] if kind else 0.0
+
+
+def measured_matmul(dtype: jnp.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of a few square matrix products on the first device."""
+    device = jax.devices()[0]
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(jnp.dot)
+    product(x, x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

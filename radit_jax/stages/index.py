@@ -1,0 +1,132 @@
+"""Stage ``index``: passages/ -> index/, with the context encoder."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from radit_jax import sharding
+from radit_jax.artifacts import fingerprint
+from radit_jax.data.corpus import PassageStore
+from radit_jax.data.tokenize import load_tokenizer
+from radit_jax.models.encoder import Encoder
+from radit_jax.models.huggingface import load_encoder
+from radit_jax.retrieval.embed import EmbeddingStore, embed_passages
+from radit_jax.retrieval.index import ScannSettings, build_index
+from radit_jax.stages.stage import Stage, compute_dtype, section, settings_of
+from radit_jax.tracker import progress
+
+Encode = Callable[[np.ndarray, np.ndarray], jax.Array]
+Tokenize = Callable[[list[str]], list[list[int]]]
+
+
+def settings(config: ConfigDict) -> Mapping[str, Any]:
+    """The index section and the context encoder's content."""
+    index = section(config.index)
+    # How fast the index is searched is no part of what it holds.
+    del index["threads"]
+    return index | {
+        "encoder": fingerprint(context_folder(config)),
+        "pooling": section(config.pooling),
+        "dtype": config.dtype,
+    }
+
+
+def context_folder(config: ConfigDict) -> str:
+    """The context tower; one folder serves as both unless a second one is given."""
+    return config.context_encoder or config.encoder
+
+
+def tower(
+    config: ConfigDict, folder: str, max_length: int
+) -> tuple[Encode, Tokenize, int]:
+    """A loaded encoder as the two functions that retrieval works with.
+
+    Returns:
+        ``encode`` (token ids and mask to embeddings), ``tokenize``, and the longest
+        input in tokens: the config's, or the checkpoint's own if that is less.
+    """
+    encoder = load_encoder(
+        folder,
+        pooling=config.pooling.kind or None,
+        normalize=config.pooling.normalize,
+    )
+    tokenizer = load_tokenizer(folder)
+    length = min(max_length, encoder.config.max_length)
+    dtype = compute_dtype(config)
+
+    @jax.jit
+    def apply(encoder: Encoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return encoder(tokens, mask, dtype)
+
+    def encode(tokens_BL: np.ndarray, mask_BL: np.ndarray) -> jax.Array:
+        put = sharding.put_rows
+        return apply(encoder, put(tokens_BL), put(mask_BL))
+
+    tokenize = functools.partial(
+        tokenizer.encode_batch, max_length=length, add_special_tokens=True
+    )
+    return encode, tokenize, length
+
+
+class _Texts:
+    """What the encoder reads of each passage, by id."""
+
+    def __init__(self, store: PassageStore):
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, id: int) -> str:
+        return self.store[id].display
+
+
+def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
+    """Embed every passage, then build the structure that is searched."""
+    store = PassageStore(Path(config.workdir) / "passages")
+    encode, tokenize, length = tower(
+        config, context_folder(config), config.index.max_tokens
+    )
+    with progress(len(store), "index", "passages") as bar:
+        done = 0
+
+        def advance(n: int) -> None:
+            nonlocal done
+            bar.update(n - done)
+            done = n
+
+        stats = embed_passages(
+            _Texts(store),
+            tokenize,
+            encode,
+            folder,
+            shard_size=config.index.shard_size,
+            batch_tokens=config.index.batch_tokens,
+            max_length=length,
+            row_multiple=sharding.row_shards(),
+            progress=advance,
+        )
+    built = build_index(
+        config.index.kind,
+        EmbeddingStore(folder),
+        folder,
+        settings=settings_of(ScannSettings, config.index),
+        seed=config.seed,
+    )
+    return {
+        "passages": len(store),
+        "passages_per_second": round(stats.passages_per_second, 1),
+        "padding": round(stats.padding, 4),
+        "shapes": stats.shapes,
+        "kind": built.kind,
+        "structure": built.structure,
+        "recall_at_10": round(built.recall_at_10, 4),
+    }
+
+
+STAGE = Stage("index", ("passages",), ("encoder",), settings, build)

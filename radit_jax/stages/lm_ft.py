@@ -1,0 +1,267 @@
+"""Stage ``lm_ft``: retrieved/ and a language model -> lm_ft/, the fine-tuned one.
+
+RA-DIT's first half: every example is shown with each of its top passages as
+independent instances, and the loss falls on the answer alone (eq. 3).
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from radit_jax import losses, optim, sharding
+from radit_jax.artifacts import fingerprint
+from radit_jax.batch import Packed
+from radit_jax.checkpoint import PARAMS, Checkpoints
+from radit_jax.data import pipeline
+from radit_jax.data.corpus import PassageStore
+from radit_jax.data.tokenize import Tokenizer, load_tokenizer
+from radit_jax.loop import Schedule, TrainState, fit
+from radit_jax.models.attention import Layout
+from radit_jax.models.huggingface import check_vocabulary, load_llama, tokenizer_folder
+from radit_jax.models.layers import pick
+from radit_jax.models.llama import Llama, LlamaConfig
+from radit_jax.stages import hardware
+from radit_jax.stages.retrieve import concatenated, read_retrieved
+from radit_jax.stages.stage import Stage, compute_dtype, section, settings_of
+from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
+
+log = logging.getLogger(__name__)
+
+METRIC = "loss"
+
+
+def settings(config: ConfigDict) -> Mapping[str, Any]:
+    """The lm_ft section, the mesh and the language model's content."""
+    lm_ft = section(config.lm_ft)
+    for name in ("log_every", "wandb_project"):
+        del lm_ft[name]
+    return lm_ft | {
+        "lm": fingerprint(config.lm),
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }
+
+
+def answer_loss(
+    model: Llama, batch: Packed, dtype: jnp.dtype, remat: str
+) -> dict[str, Float[Array, ""]]:
+    """Summed negative log-likelihood of a batch's targets, and their number."""
+    layout = Layout(batch.segment_ids_BL, batch.positions_BL)
+    hidden_BLD = model.hidden(batch.tokens_BL, layout, dtype, remat)
+    logits_BTV = model.logits(pick(hidden_BLD, batch.sites_BT))
+    log_BT = losses.token_log_probabilities(logits_BTV, batch.targets_BT)
+    return {
+        "nll": -jnp.sum(log_BT * batch.weights_BT),
+        "targets": jnp.sum(batch.weights_BT),
+        "tokens": jnp.sum(batch.segment_ids_BL > 0).astype(jnp.float32),
+    }
+
+
+def make_step(
+    tx: Any, learning_rate: Callable[[Array], Array], dtype: jnp.dtype, remat: str
+) -> Callable[[TrainState, Packed], tuple[TrainState, dict[str, Array]]]:
+    """The jitted optimizer step; a batch's arrays are [micro-batches, rows, ...]."""
+
+    def gradient(model: Llama, part: Packed) -> tuple[dict[str, Array], Llama]:
+        def loss(model: Llama) -> tuple[Array, dict[str, Array]]:
+            sums = answer_loss(model, part, dtype, remat)
+            return sums["nll"], sums
+
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model)
+        return sums, grads
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def step(state: TrainState, batch: Packed) -> tuple[TrainState, dict[str, Array]]:
+        sums, grads = optim.accumulate(gradient, state.params, batch)
+        count = jnp.maximum(sums["targets"], 1.0)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(jnp.add, state.params, updates)
+        metrics = {
+            "loss": sums["nll"] / count,
+            "grad_norm": optim.global_norm(grads),
+            "learning_rate": learning_rate(state.step),
+            "tokens": sums["tokens"],
+            "targets": sums["targets"],
+        }
+        size = batch.tokens_BL.size
+        metrics["padding"] = 1.0 - sums["tokens"] / size
+        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+
+    return step
+
+
+def place(batch: Packed) -> Packed:
+    """A host batch on the mesh: rows over the data axes, micro-batches in order."""
+    spec = jax.P(None, sharding.ROWS, None)
+    put = functools.partial(sharding.put, spec=spec)
+    return Packed(*(put(array) for array in batch))
+
+
+def validation(
+    batches: list[Packed], dtype: jnp.dtype
+) -> Callable[[Llama], dict[str, float]]:
+    """Negative log-likelihood per target token over fixed batches, as a function."""
+    sums = jax.jit(functools.partial(answer_loss, dtype=dtype, remat="none"))
+
+    def validate(model: Llama) -> dict[str, float]:
+        nll = targets = 0.0
+        for batch in batches:
+            found = sums(model, Packed(*map(sharding.put_rows, batch)))
+            nll += float(found["nll"])
+            targets += float(found["targets"])
+        return {METRIC: nll / targets}
+
+    return validate
+
+
+def flops_per_token(config: LlamaConfig, row_tokens: int, targets: float) -> float:
+    """Model FLOPs of a training token: 6 per weight used, plus causal attention.
+
+    Args:
+        config: of the model.
+        row_tokens: mean length of a segment, over which attention runs.
+        targets: share of tokens that pass through the output head.
+    """
+    D, F, K = config.width, config.mlp_width, config.head_size
+    layer = D * K * (2 * config.heads + 2 * config.kv_heads) + 3 * D * F
+    attention = row_tokens * config.heads * K  # 2 products, half of them masked
+    head = targets * D * config.vocab_size
+    return 6.0 * (config.layers * (layer + attention) + head)
+
+
+def prepare_data(
+    config: ConfigDict, tokenizer: Tokenizer
+) -> tuple[grain.DatasetIterator, list[Packed]]:
+    """Training batches without end, and the validation batches."""
+    workdir = Path(config.workdir)
+    passages = PassageStore(workdir / "passages")
+    mixture = settings_of(pipeline.Mixture, config.lm_ft, seed=config.seed)
+    shards = sharding.row_shards()
+    if mixture.rows // mixture.micro_batches % shards:
+        raise ValueError(
+            f"lm_ft.rows / lm_ft.micro_batches = "
+            f"{mixture.rows / mixture.micro_batches:g} rows do not divide over the "
+            f"{shards} devices of mesh axes data x fsdp"
+        )
+    datasets = [
+        pipeline.Dataset(name, examples, found.ids)
+        for name, (examples, found) in read_retrieved(workdir, "train").items()
+    ]
+    batches = pipeline.training_batches(
+        datasets,
+        passages,
+        tokenizer,
+        mixture,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    examples, found = concatenated(read_retrieved(workdir, "dev"))
+    order = np.random.default_rng(config.seed).permutation(len(examples))
+    order = np.sort(order[: config.lm_ft.validation_examples])
+    dev = pipeline.Dataset("dev", [examples[i] for i in order], found.ids[order])
+    rows = mixture.rows // mixture.micro_batches
+    fixed = pipeline.validation_batches(dev, passages, tokenizer, mixture, rows)
+    return batches, list(fixed)
+
+
+def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
+    """Fine-tune, keeping the checkpoint with the best validation loss."""
+    lm_ft = config.lm_ft
+    tokenizer = load_tokenizer(tokenizer_folder(config.lm))
+    dtype = compute_dtype(config)
+    batches, fixed = prepare_data(config, tokenizer)
+    model = load_llama(config.lm)
+    check_vocabulary(tokenizer, model.config)
+    if lm_ft.row_tokens > model.config.max_length:
+        raise ValueError(
+            f"lm_ft.row_tokens = {lm_ft.row_tokens} is more than the model's context "
+            f"of {model.config.max_length} tokens"
+        )
+    learning_rate = optim.schedule(
+        lm_ft.learning_rate,
+        lm_ft.end_learning_rate,
+        lm_ft.warmup_steps,
+        lm_ft.steps,
+        lm_ft.schedule,
+    )
+    tx = optim.optimizer(
+        learning_rate,
+        lm_ft.beta1,
+        lm_ft.beta2,
+        lm_ft.eps,
+        lm_ft.weight_decay,
+        lm_ft.clip_norm,
+    )
+    state = TrainState(
+        step=jnp.int32(0),
+        params=model,
+        opt_state=jax.jit(tx.init)(model),
+        rng=jax.random.key_data(jax.random.key(config.seed)),
+    )
+    weights = sum(x.size for x in jax.tree.leaves(model))
+    log.info(
+        "lm_ft: %.1fM weights, mesh %s, %d rows of %d tokens a step in %d micro-batches",
+        weights / 1e6,
+        dict(jax.sharding.get_mesh().shape),
+        lm_ft.rows,
+        lm_ft.row_tokens,
+        lm_ft.micro_batches,
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", lm_ft.keep, METRIC)
+    latest = checkpoints.latest
+    tracker = Tracker(
+        folder,
+        config_summary=config.to_json_best_effort(),
+        resume_step=0 if latest is None else latest + 1,
+        wandb_project=lm_ft.wandb_project,
+    )
+    sample = fixed[0]
+    useful = float((sample.segment_ids_BL > 0).sum())
+    segments = float((np.diff(sample.segment_ids_BL, prepend=0) > 0).sum())
+    with tracker:
+        state = fit(
+            state,
+            step=make_step(tx, learning_rate, dtype, lm_ft.remat),
+            batches=batches,
+            place=place,
+            validate=validation(fixed, dtype),
+            checkpoints=checkpoints,
+            tracker=tracker,
+            schedule=settings_of(Schedule, lm_ft),
+            flops_per_token=flops_per_token(
+                model.config, useful / segments, float(sample.weights_BT.sum()) / useful
+            ),
+            peak_flops=hardware.peak_flops(dtype),
+        )
+    batches.close()
+    best = checkpoints.best
+    checkpoints.close()
+    plot_curves(folder / METRICS_FILE, folder / "curves.png")
+    return {"steps": int(state.step), "best_step": best, "weights": weights}
+
+
+def load_finetuned(config: ConfigDict) -> Llama:
+    """The best checkpoint of the finished stage, on the current mesh."""
+    checkpoints = Checkpoints(Path(config.workdir) / "lm_ft" / "checkpoints", 1, METRIC)
+    step = checkpoints.best
+    if step is None:
+        raise ValueError(f"{checkpoints.folder}: no checkpoint")
+    shape = jax.eval_shape(
+        lambda: Llama(llama_config(config.lm), jax.random.key(0))
+    )
+    model = checkpoints.restore(step, {PARAMS: shape})[PARAMS]
+    checkpoints.close()
+    return model
+
+
+STAGE = Stage("lm_ft", ("passages", "retrieved"), ("lm",), settings, build)

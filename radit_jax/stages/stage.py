@@ -1,0 +1,120 @@
+"""What every stage is: settings that make its key, and a build that fills a folder."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from radit_jax import artifacts, sharding
+
+log = logging.getLogger(__name__)
+
+
+class Stage(NamedTuple):
+    """One step of the chain, from artifacts to an artifact."""
+
+    output: str  # name of the artifact
+    inputs: tuple[str, ...]  # artifacts it reads
+    required: tuple[str, ...]  # config fields that must be set, dotted
+    # All that the artifact depends on besides its inputs, JSON-serialisable.
+    settings: Callable[[ConfigDict], Mapping[str, Any]]
+    # (config, folder to fill) -> counts for the manifest.
+    build: Callable[[ConfigDict, Path], Mapping[str, Any]]
+
+
+def run(name: str, stage: Stage, config: ConfigDict) -> Path:
+    """Make a stage's artifact unless it is there already; returns its folder.
+
+    Raises:
+        ValueError: a required field is not set, or an input artifact is missing.
+    """
+    check_required(name, stage.required, config)
+    workdir = Path(config.workdir)
+    plan = artifacts.plan(
+        workdir,
+        stage.output,
+        {"stage": name, **stage.settings(config)},
+        {input: workdir / input for input in stage.inputs},
+    )
+    if artifacts.is_complete(plan):
+        log.info("%s: %s is complete, skipped", name, plan.folder)
+        return plan.folder
+    log.info("%s: making %s", name, plan.folder)
+    start = time.perf_counter()
+    folder = artifacts.begin(plan)
+    (folder / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    with jax.set_mesh(mesh(config)):
+        counts = stage.build(config, folder)
+    seconds = time.perf_counter() - start
+    made = artifacts.finish(plan, {**counts, "seconds": round(seconds, 1)})
+    log.info("%s: done in %s: %s", name, clock(seconds), json.dumps(dict(counts)))
+    return made
+
+
+def check_required(name: str, fields: tuple[str, ...], config: ConfigDict) -> None:
+    """Stop before any work if a field that has no default is empty.
+
+    Raises:
+        ValueError: naming the fields, and the variants that need none.
+    """
+    missing = []
+    for field in fields:
+        value = config
+        for part in field.split("."):
+            value = value[part]
+        if not value:
+            missing.append(field)
+    if missing:
+        flags = " ".join(f"--config.{field}=..." for field in missing)
+        raise ValueError(
+            f"stage {name}: not set: {', '.join(missing)}. This recipe has the paper's "
+            f"settings and wants your own weights and data: {flags}\n"
+            "Without any of them, `--config configs/radit.py:demo` runs on real small "
+            "models, and `--config configs/radit.py:tiny` on random weights in seconds"
+        )
+
+
+def mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of a run."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+
+
+def compute_dtype(config: ConfigDict) -> jnp.dtype:
+    """bfloat16 on accelerators, float32 on CPU, unless the config says otherwise.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    names = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    name = config.dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in names:
+        raise ValueError(f"dtype = {name!r} is not one of auto, {', '.join(names)}")
+    return jnp.dtype(names[name])
+
+
+def section(config: ConfigDict) -> dict[str, Any]:
+    """A section of the config as plain JSON values."""
+    return json.loads(config.to_json_best_effort())
+
+
+def settings_of(kind: Any, config: ConfigDict, **others: Any) -> Any:
+    """Fill a NamedTuple or dataclass from the fields of the same name of a section."""
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
+    else:
+        names = list(kind._fields)
+    return kind(**{n: config[n] for n in names if n not in others}, **others)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss."""
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
