@@ -256,9 +256,7 @@ def load_finetuned(config: ConfigDict) -> Llama:
     step = checkpoints.best
     if step is None:
         raise ValueError(f"{checkpoints.folder}: no checkpoint")
-    shape = jax.eval_shape(
-        lambda: Llama(llama_config(config.lm), jax.random.key(0))
-    )
+    shape = jax.eval_shape(lambda: Llama(llama_config(config.lm), jax.random.key(0)))
     model = checkpoints.restore(step, {PARAMS: shape})[PARAMS]
     checkpoints.close()
     return model

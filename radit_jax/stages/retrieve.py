@@ -64,7 +64,9 @@ def read_splits(config: ConfigDict) -> dict[str, dict[str, list[Example]]]:
     Questions about the same document stay on one side.
     """
     splits = {
-        split: {file.stem: read_examples(file, file.stem) for file in paths(config, split)}
+        split: {
+            file.stem: read_examples(file, file.stem) for file in paths(config, split)
+        }
         for split in SPLITS
     }
     if not splits["dev"]:
@@ -75,7 +77,9 @@ def read_splits(config: ConfigDict) -> dict[str, dict[str, list[Example]]]:
             size = round(config.data.dev_share * len(unique))
             chosen = set(rng.permutation(unique)[:size].tolist())
             dev = [e for e, g in zip(examples, groups, strict=True) if g in chosen]
-            train = [e for e, g in zip(examples, groups, strict=True) if g not in chosen]
+            train = [
+                e for e, g in zip(examples, groups, strict=True) if g not in chosen
+            ]
             if dev and train:
                 splits["train"][name], splits["dev"][name] = train, dev
                 log.info("%s: %d questions set aside as dev", name, len(dev))
@@ -91,9 +95,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Search for every question; a dataset already searched is kept."""
     splits = read_splits(config)
     index = open_index(Path(config.workdir) / "index", jax.sharding.get_mesh())
-    encode, tokenize, length = tower(
-        config, config.encoder, config.retrieve.max_tokens
-    )
+    encode, tokenize, length = tower(config, config.encoder, config.retrieve.max_tokens)
     counts = {}
     total = sum(len(e) for datasets in splits.values() for e in datasets.values())
     with progress(total, "retrieve", "questions") as bar:

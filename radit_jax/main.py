@@ -1,0 +1,115 @@
+"""The front door: ``python -m radit_jax.main --config configs/<stage>.py[:variant]``."""
+
+import os
+
+# Compiling for a TPU that is not attached must not look for one; and a CPU or GPU run
+# should not show libtpu's notes about missing cloud metadata.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
+
+from radit_jax.loop import Stopped
+from radit_jax.stages.radit import STAGES, run_chain
+from radit_jax.stages.stage import run
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="A recipe such as configs/radit.py:demo.", lock_config=True
+)
+
+# Exit status of a run that was stopped by a signal after saving: it can go on.
+INTERRUPTED = 75
+
+COMMANDS: dict[str, Callable[[ConfigDict], object]] = {
+    "radit": run_chain,
+    **{
+        name: lambda config, name=name: run(name, STAGES[name], config)
+        for name in STAGES
+    },
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the stage that the config names."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    if _CONFIG.value is None:
+        raise app.UsageError("give a recipe: --config configs/radit.py:demo")
+    config = _CONFIG.value
+    absl_logging.set_verbosity(absl_logging.INFO)
+    quiet_libraries()
+    use_compilation_cache(config)
+    try:
+        COMMANDS[config.stage](config)
+    except Stopped as stopped:
+        logging.error("%s", stopped)
+        sys.exit(INTERRUPTED if type(stopped) is Stopped else 1)
+    except (ValueError, OSError) as error:
+        # The user's to mend: the message says what. --config.debug shows where.
+        if config.debug:
+            raise
+        sys.exit(f"error: {error}")
+
+
+def quiet_libraries() -> None:
+    """Checkpointing and data libraries tell of every file at INFO; keep warnings."""
+    for name in ("orbax", "jax", "grain", "tensorstore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("jax._src.xla_bridge",):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    noisy = ("orbax", "jax", "grain", "tensorstore", "flax")
+
+    def ours(record: logging.LogRecord) -> bool:
+        from_library = any(f"/{name}/" in record.pathname for name in noisy)
+        return record.levelno >= logging.WARNING or not from_library
+
+    # Orbax logs through absl's one logger, so it can only be told by its path.
+    absl_logging.get_absl_handler().addFilter(ours)
+
+
+def use_compilation_cache(config: ConfigDict) -> None:
+    """Keep compiled programs between runs, unless the config switches it off."""
+    if config.compilation_cache:
+        folder = Path(config.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_recipe(arguments: Sequence[str]) -> None:
+    """Say which recipes there are when the one asked for is not; make ``configs``
+    importable from wherever the command is run.
+
+    Raises:
+        SystemExit: there is no such file.
+    """
+    for i, argument in enumerate(arguments):
+        value = ""
+        if argument in ("--config", "-config") and i + 1 < len(arguments):
+            value = arguments[i + 1]
+        elif argument.startswith(("--config=", "-config=")):
+            value = argument.split("=", 1)[1]
+        if not value:
+            continue
+        path = Path(value.split(":", 1)[0])
+        if not path.is_file():
+            known = sorted(str(p) for p in path.parent.glob("*.py")) or [
+                f"configs/{name}.py" for name in COMMANDS
+            ]
+            near = difflib.get_close_matches(str(path), known, 1, 0.3)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            sys.exit(f"error: no recipe {path}{hint} There are: {', '.join(known)}")
+        # Recipes import their siblings as ``configs.<name>``.
+        sys.path.insert(0, str(path.resolve().parent.parent))
+
+
+if __name__ == "__main__":
+    check_recipe(sys.argv[1:])
+    app.run(main)

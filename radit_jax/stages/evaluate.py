@@ -1,0 +1,371 @@
+"""Stage ``evaluate``: questions, passages and both language models -> report/."""
+
+import gc
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from radit_jax.artifacts import fingerprint
+from radit_jax.batch import Example, Passage, Retrieved
+from radit_jax.data import prompts
+from radit_jax.data.corpus import PassageStore
+from radit_jax.data.tasks import gold_passages
+from radit_jax.data.tokenize import Tokenizer, load_tokenizer
+from radit_jax.evaluation import metrics
+from radit_jax.evaluation.report import (
+    Generation,
+    Row,
+    SourcePassage,
+    answer_rows,
+    measure,
+    text_table,
+    write_report,
+)
+from radit_jax.inference.ensemble import passage_weights, vote
+from radit_jax.inference.generate import generate
+from radit_jax.models.huggingface import load_llama, tokenizer_folder
+from radit_jax.models.llama import Llama
+from radit_jax.stages.lm_ft import load_finetuned
+from radit_jax.stages.retrieve import read_retrieved
+from radit_jax.stages.stage import Stage, compute_dtype, section
+from radit_jax.tracker import progress
+
+log = logging.getLogger(__name__)
+
+RETRIEVER = "retriever"
+DEPTHS = (1, 5, 10)
+
+
+class System(NamedTuple):
+    """A row of the table: which model, and what it is given to read."""
+
+    finetuned: bool
+    background: str  # "none", "retrieved" or "gold"
+
+
+SYSTEMS = {
+    "LM": System(False, "none"),
+    "LM + retrieval": System(False, "retrieved"),
+    "LM-FT": System(True, "none"),
+    "LM-FT + retrieval": System(True, "retrieved"),
+    "LM + gold passage": System(False, "gold"),
+    "LM-FT + gold passage": System(True, "gold"),
+}
+# Differences worth a paired test, when both systems ran: (without, with).
+PAIRS = (
+    ("LM", "LM + retrieval"),
+    ("LM + retrieval", "LM-FT + retrieval"),
+    ("LM-FT", "LM-FT + retrieval"),
+    ("LM-FT + retrieval", "LM-FT + gold passage"),
+)
+
+
+class Question(NamedTuple):
+    """A test question with everything the systems may read."""
+
+    dataset: str
+    example: Example
+    retrieved: tuple[int, ...]  # passage ids, best first
+    scores: tuple[float, ...]
+    gold: tuple[int, ...]  # ids of the passages that hold the answer, when known
+
+
+def settings(config: ConfigDict) -> Mapping[str, Any]:
+    """The evaluate section, the untuned model and how prompts begin."""
+    return section(config.evaluate) | {
+        "lm": fingerprint(config.lm),
+        "bos": config.lm_ft.bos,
+        "row_tokens": config.lm_ft.row_tokens,
+        "seed": config.seed,
+        "dtype": config.dtype,
+    }
+
+
+def questions(config: ConfigDict, store: PassageStore) -> list[Question]:
+    """The first ``evaluate.limit`` questions of every test file (0: all)."""
+    found = []
+    for dataset, (examples, retrieved) in read_retrieved(
+        Path(config.workdir), "test"
+    ).items():
+        count = config.evaluate.limit or len(examples)
+        for example, ids, scores in zip(
+            examples[:count], retrieved.ids, retrieved.scores, strict=False
+        ):
+            real = ids >= 0
+            gold = gold_passages(example, store) if example.document else set()
+            found.append(
+                Question(
+                    dataset,
+                    example,
+                    tuple(int(id) for id in ids[real]),
+                    tuple(float(score) for score in scores[real]),
+                    tuple(sorted(gold)),
+                )
+            )
+    return found
+
+
+def retrieval_rows(
+    questions: Sequence[Question], store: PassageStore, seed: int
+) -> list[Row]:
+    """answer@k, and gold@k and MRR on datasets whose gold passages are known."""
+    rows = []
+    for dataset in dict.fromkeys(q.dataset for q in questions):
+        ours = [q for q in questions if q.dataset == dataset]
+        depth = min(max(DEPTHS), min(len(q.retrieved) for q in ours))
+        ids_NC = np.asarray([q.retrieved[:depth] for q in ours], np.int64)
+        hits_NC = np.asarray(
+            [
+                [
+                    metrics.contains_answer(store[id].display, q.example.answers)
+                    for id in q.retrieved[:depth]
+                ]
+                for q in ours
+            ]
+        )
+        values = {
+            f"answer@{k}": metrics.answer_at(hits_NC, k) for k in DEPTHS if k <= depth
+        }
+        gold = [q.gold for q in ours]
+        if all(gold):
+            for k in DEPTHS:
+                if k <= depth:
+                    # One of the gold passages is enough; several only tie.
+                    hit_NC = np.isin(ids_NC[:, :k], -1)
+                    for i, ids in enumerate(gold):
+                        hit_NC[i] = np.isin(ids_NC[i, :k], ids)
+                    values[f"gold@{k}"] = metrics.answer_at(hit_NC, k)
+            values["mrr"] = metrics.reciprocal_rank(ids_NC, gold)
+        groups_N = _groups(ours)
+        rows += [
+            measure(RETRIEVER, dataset, name, value, seed, groups_N)
+            for name, value in values.items()
+        ]
+    return rows
+
+
+def group(example: Example) -> str:
+    """What questions are resampled by: the head of the document id, ``fr`` of
+    ``fr/geography``; questions about one thing are not independent."""
+    return example.document.split("/")[0]
+
+
+def _groups(questions: Sequence[Question]) -> np.ndarray | None:
+    labels = [group(q.example) for q in questions]
+    return np.asarray(labels) if all(labels) else None
+
+
+class Reader:
+    """Answers questions from passages with one language model."""
+
+    def __init__(
+        self, config: ConfigDict, model: Llama, tokenizer: Tokenizer, bos: bool
+    ):
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.bos = bos
+        self.dtype = compute_dtype(config)
+
+    def render(self, question: str, passage: str) -> list[int]:
+        """The prompt of a question and one passage ("" for none)."""
+        room = min(self.config.lm_ft.row_tokens, self.model.config.max_length)
+        return prompts.render(
+            self.tokenizer,
+            question,
+            room - self.config.evaluate.max_new_tokens,
+            passage=passage,
+            bos=self.bos,
+        ).tokens
+
+    def answer(
+        self,
+        name: str,
+        questions: Sequence[Question],
+        passages: Sequence[Sequence[Passage]],
+        weights: Sequence[Sequence[float]],
+    ) -> list[Generation]:
+        """One prompt per passage (one without any where the list is empty), and the
+        answer with the largest weighted probability."""
+        evaluate = self.config.evaluate
+        owner, rendered = [], []
+        for i, question in enumerate(questions):
+            for text in [p.display for p in passages[i]] or [""]:
+                owner.append(i)
+                rendered.append(self.render(question.example.question, text))
+        with progress(len(rendered), f"evaluate {name}", "prompts") as bar:
+            found = generate(
+                self.model,
+                self.tokenizer,
+                rendered,
+                max_new_tokens=evaluate.max_new_tokens,
+                stop=tuple(evaluate.stop),
+                batch_tokens=evaluate.batch_tokens,
+                dtype=self.dtype,
+                progress=bar.update,
+            )
+        answers: list[list] = [[] for _ in questions]
+        for i, result in zip(owner, found, strict=True):
+            answers[i].append(result)
+        return [
+            self._generation(name, question, list(read), list(weight) or [1.0], result)
+            for question, read, weight, result in zip(
+                questions, passages, weights, answers, strict=True
+            )
+        ]
+
+    @staticmethod
+    def _generation(
+        name: str,
+        question: Question,
+        passages: list[Passage],
+        weights: list[float],
+        results: list,
+    ) -> Generation:
+        votes = vote(
+            [result.text for result in results],
+            [result.log_probability for result in results],
+            weights,
+            metrics.normalise,
+        )
+        prediction, example = votes[0].text, question.example
+        return Generation(
+            system=name,
+            dataset=question.dataset,
+            question_id=example.id,
+            kind=example.kind,
+            question=example.question,
+            answers=example.answers,
+            prediction=prediction,
+            passages=tuple(
+                SourcePassage(p.id, p.title, p.section, p.text, w, result.text)
+                for p, w, result in zip(passages, weights, results, strict=True)
+            )
+            if passages
+            else (),
+            em=metrics.exact_match(prediction, example.answers),
+            f1=metrics.f1(prediction, example.answers),
+            group=group(example),
+        )
+
+
+def read_for(
+    system: System, question: Question, config: ConfigDict
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Ids and weights of the passages a system reads for a question."""
+    if system.background == "none":
+        return (), ()
+    if system.background == "gold":
+        return question.gold[:1], (1.0,)
+    k = config.evaluate.passages
+    scores_BC = np.asarray([question.scores[:k]], np.float32)
+    weights = passage_weights(scores_BC, config.evaluate.score_temperature)[0]
+    return question.retrieved[:k], tuple(weights.tolist())
+
+
+def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
+    """Run every system and write the report; finished systems are kept."""
+    unknown = [name for name in config.evaluate.systems if name not in SYSTEMS]
+    if unknown:
+        raise ValueError(f"evaluate.systems: {unknown} not among {', '.join(SYSTEMS)}")
+    store = PassageStore(Path(config.workdir) / "passages")
+    asked = questions(config, store)
+    tokenizer = load_tokenizer(tokenizer_folder(config.lm))
+    loaders: dict[bool, Callable[[], Llama]] = {
+        False: lambda: load_llama(config.lm),
+        True: lambda: load_finetuned(config),
+    }
+    done: dict[str, list[Generation]] = {}
+    for finetuned, load in loaders.items():
+        model: Llama | None = None
+        for name in config.evaluate.systems:
+            system = SYSTEMS[name]
+            if system.finetuned != finetuned:
+                continue
+            ours = asked
+            if system.background == "gold":
+                ours = [q for q in asked if q.gold]
+            if not ours:
+                log.warning("%s: left out, no question names its document", name)
+                continue
+            file = folder / "systems" / f"{name.replace(' ', '_')}.jsonl"
+            if not file.exists():
+                model = load() if model is None else model
+                bos = config.lm_ft.bos if finetuned else tokenizer.add_bos
+                reads = [read_for(system, q, config) for q in ours]
+                answered = Reader(config, model, tokenizer, bos).answer(
+                    name,
+                    ours,
+                    [store.get(list(ids)) for ids, _ in reads],
+                    [weights for _, weights in reads],
+                )
+                _save(file, answered)
+            done[name] = _load(file)
+        del model
+        gc.collect()
+    generations = [g for name in config.evaluate.systems for g in done.get(name, [])]
+    rows = answer_rows(generations, config.seed)
+    rows += retrieval_rows(asked, store, config.seed)
+    write_report(
+        folder,
+        rows,
+        generations,
+        [pair for pair in PAIRS if all(name in done for name in pair)],
+        config.seed,
+        config.evaluate.examples,
+    )
+    return {"questions": len(asked), "systems": list(done)}
+
+
+def _save(file: Path, generations: Sequence[Generation]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w") as stream:
+        for generation in generations:
+            passages = [passage._asdict() for passage in generation.passages]
+            row = {**generation._asdict(), "passages": passages}
+            stream.write(json.dumps(row) + "\n")
+    temporary.rename(file)
+
+
+def _load(file: Path) -> list[Generation]:
+    found = []
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        row["answers"] = tuple(row["answers"])
+        row["passages"] = tuple(SourcePassage(**p) for p in row["passages"])
+        found.append(Generation(**row))
+    return found
+
+
+def summary(workdir: Path) -> str:
+    """The tables of a finished report as text for a terminal."""
+    rows = json.loads((workdir / "report" / "results.json").read_text())
+    return text_table(
+        [
+            Row(
+                **{
+                    key: row[key]
+                    for key in ("system", "dataset", "metric", "value", "n")
+                },
+                lo=row["ci95"][0],
+                hi=row["ci95"][1],
+            )
+            for row in rows
+        ]
+    )
+
+
+STAGE = Stage(
+    "report",
+    ("passages", "retrieved", "lm_ft"),
+    ("lm",),
+    settings,
+    build,
+)

@@ -1,0 +1,46 @@
+"""The chain: every stage in order, skipping what is complete for the same inputs."""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from radit_jax.stages import corpus, evaluate, index, lm_ft, prepare, retrieve
+from radit_jax.stages.stage import Stage, check_required, run
+
+log = logging.getLogger(__name__)
+
+STAGES: dict[str, Stage] = {
+    "prepare": prepare.STAGE,
+    "corpus": corpus.STAGE,
+    "index": index.STAGE,
+    "retrieve": retrieve.STAGE,
+    "lm_ft": lm_ft.STAGE,
+    "evaluate": evaluate.STAGE,
+}
+
+
+def run_chain(config: ConfigDict) -> None:
+    """Run ``config.stages`` in order and show the table at the end.
+
+    Raises:
+        ValueError: an unknown stage, or a field that any of the stages needs is not
+            set; nothing runs then.
+    """
+    unknown = [name for name in config.stages if name not in STAGES]
+    if unknown:
+        raise ValueError(f"stages: {unknown} not among {', '.join(STAGES)}")
+    required = dict.fromkeys(f for name in config.stages for f in STAGES[name].required)
+    check_required("radit", tuple(required), config)
+    for name in config.stages:
+        run(name, STAGES[name], config)
+    workdir = Path(config.workdir)
+    if "evaluate" in config.stages:
+        report = workdir / "report"
+        print(evaluate.summary(workdir))
+        print(f"\nEverything is in {workdir.resolve()}:")
+        print(f"  tables and side-by-side answers  {report / 'results.md'}")
+        print(f"  the same as data                 {report / 'results.json'}")
+        print(f"  picture                          {report / 'results.png'}")
+        print(f"  every answer with its passages   {report / 'generations.jsonl'}")
+        print(f"  training curves                  {workdir / 'lm_ft' / 'curves.png'}")
