@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from absl import app, flags
+from absl import app
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 

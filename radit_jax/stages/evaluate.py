@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from radit_jax.artifacts import fingerprint
-from radit_jax.batch import Example, Passage, Retrieved
+from radit_jax.batch import Example, Passage
 from radit_jax.data import prompts
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tasks import gold_passages
@@ -29,11 +28,11 @@ from radit_jax.evaluation.report import (
 )
 from radit_jax.inference.ensemble import passage_weights, vote
 from radit_jax.inference.generate import generate
-from radit_jax.models.huggingface import load_llama, tokenizer_folder
+from radit_jax.models.huggingface import load_llama
 from radit_jax.models.llama import Llama
 from radit_jax.stages.lm_ft import load_finetuned
 from radit_jax.stages.retrieve import read_retrieved
-from radit_jax.stages.stage import Stage, compute_dtype, section
+from radit_jax.stages.stage import Stage, compute_dtype, lm_folder, section
 from radit_jax.tracker import progress
 
 log = logging.getLogger(__name__)
@@ -276,9 +275,9 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         raise ValueError(f"evaluate.systems: {unknown} not among {', '.join(SYSTEMS)}")
     store = PassageStore(Path(config.workdir) / "passages")
     asked = questions(config, store)
-    tokenizer = load_tokenizer(tokenizer_folder(config.lm))
+    tokenizer = load_tokenizer(lm_folder(config))
     loaders: dict[bool, Callable[[], Llama]] = {
-        False: lambda: load_llama(config.lm),
+        False: lambda: load_llama(lm_folder(config)),
         True: lambda: load_finetuned(config),
     }
     done: dict[str, list[Generation]] = {}

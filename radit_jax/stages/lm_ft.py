@@ -26,12 +26,16 @@ from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.loop import Schedule, TrainState, fit
 from radit_jax.models.attention import Layout
-from radit_jax.models.huggingface import check_vocabulary, load_llama, tokenizer_folder
+from radit_jax.models.huggingface import (
+    check_vocabulary,
+    load_llama,
+    read_llama_config,
+)
 from radit_jax.models.layers import pick
 from radit_jax.models.llama import Llama, LlamaConfig
 from radit_jax.stages import hardware
 from radit_jax.stages.retrieve import concatenated, read_retrieved
-from radit_jax.stages.stage import Stage, compute_dtype, section, settings_of
+from radit_jax.stages.stage import Stage, compute_dtype, lm_folder, section, settings_of
 from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
 
 log = logging.getLogger(__name__)
@@ -177,10 +181,10 @@ def prepare_data(
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Fine-tune, keeping the checkpoint with the best validation loss."""
     lm_ft = config.lm_ft
-    tokenizer = load_tokenizer(tokenizer_folder(config.lm))
+    tokenizer = load_tokenizer(lm_folder(config))
     dtype = compute_dtype(config)
     batches, fixed = prepare_data(config, tokenizer)
-    model = load_llama(config.lm)
+    model = load_llama(lm_folder(config))
     check_vocabulary(tokenizer, model.config)
     if lm_ft.row_tokens > model.config.max_length:
         raise ValueError(
@@ -256,7 +260,9 @@ def load_finetuned(config: ConfigDict) -> Llama:
     step = checkpoints.best
     if step is None:
         raise ValueError(f"{checkpoints.folder}: no checkpoint")
-    shape = jax.eval_shape(lambda: Llama(llama_config(config.lm), jax.random.key(0)))
+    shape = jax.eval_shape(
+        lambda: Llama(read_llama_config(lm_folder(config)), jax.random.key(0))
+    )
     model = checkpoints.restore(step, {PARAMS: shape})[PARAMS]
     checkpoints.close()
     return model

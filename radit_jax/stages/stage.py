@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from radit_jax import artifacts, sharding
+from radit_jax.artifacts import fingerprint
+from radit_jax.data.packages import cache_folder
+from radit_jax.models.gguf import convert_gguf
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,18 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
     if name not in names:
         raise ValueError(f"dtype = {name!r} is not one of auto, {', '.join(names)}")
     return jnp.dtype(names[name])
+
+
+def lm_folder(config: ConfigDict) -> Path:
+    """The language model's Hugging Face folder; a GGUF is converted once, to the cache.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``convert_gguf``.
+    """
+    path = Path(config.lm)
+    if path.suffix != ".gguf":
+        return path
+    return convert_gguf(path, cache_folder() / f"gguf-{fingerprint(path)[:12]}")
 
 
 def section(config: ConfigDict) -> dict[str, Any]:
