@@ -123,9 +123,9 @@ class Checkpoints:
     def _failed(self, step: int | None, error: OSError) -> CheckpointError:
         what = "the last checkpoint" if step is None else f"checkpoint {step}"
         return CheckpointError(
-            f"{self.folder}: {what} could not be written ({error}). The newest complete "
-            f"one is step {self.latest}; free some space and run the same command again "
-            "to go on from there"
+            f"{self.folder}: {what} could not be written ({error}). The newest "
+            f"complete one is step {self.latest}; free some space and run the same "
+            "command again to go on from there"
         )
 
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:

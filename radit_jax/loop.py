@@ -37,9 +37,17 @@ class TrainState:
 class Batches(Protocol):
     """An iterator of host batches whose position can be saved and restored."""
 
-    def __next__(self) -> Any: ...
-    def get_state(self) -> Any: ...
-    def set_state(self, state: Any) -> None: ...
+    def __next__(self) -> Any:
+        """The next batch."""
+        ...
+
+    def get_state(self) -> Any:
+        """The position, JSON-serialisable."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Go to a position."""
+        ...
 
 
 class Schedule(NamedTuple):

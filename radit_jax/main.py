@@ -1,4 +1,4 @@
-"""The front door: ``python -m radit_jax.main --config configs/<stage>.py[:variant]``."""
+"""The front door: ``python -m radit_jax.main --config configs/STAGE.py[:variant]``."""
 
 import os
 

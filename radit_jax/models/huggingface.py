@@ -339,8 +339,8 @@ def read_encoder_config(
     for name, given in (("pooling", pooling), ("normalize", normalize)):
         if given is not None and name in said and said[name] != given:
             raise ValueError(
-                f"{folder}: pooling.{'kind' if name == 'pooling' else name} = {given!r} "
-                f"contradicts the checkpoint's own metadata, {said[name]!r}"
+                f"{folder}: {name} = {given!r} of the config contradicts the "
+                f"checkpoint's own metadata, {said[name]!r}"
             )
     if not said and pooling is None:
         log.info(

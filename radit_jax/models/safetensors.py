@@ -96,8 +96,8 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
         if pickles:
             raise ValueError(
-                f"{folder}: only pickled weights ({pickles[0]}), which can run code when "
-                "they are read. Convert them once, where you trust them: "
+                f"{folder}: only pickled weights ({pickles[0]}), which can run code "
+                "when they are read. Convert them once, where you trust them: "
                 "AutoModel.from_pretrained(folder).save_pretrained(folder, "
                 "safe_serialization=True)"
             )

@@ -214,7 +214,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     )
     weights = sum(x.size for x in jax.tree.leaves(model))
     log.info(
-        "lm_ft: %.1fM weights, mesh %s, %d rows of %d tokens a step in %d micro-batches",
+        "lm_ft: %.1fM weights, mesh %s, steps of %d rows of %d tokens, %d micro-batches",
         weights / 1e6,
         dict(jax.sharding.get_mesh().shape),
         lm_ft.rows,
@@ -225,7 +225,6 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     latest = checkpoints.latest
     tracker = Tracker(
         folder,
-        config_summary=config.to_json_best_effort(),
         resume_step=0 if latest is None else latest + 1,
         wandb_project=lm_ft.wandb_project,
     )
