@@ -109,11 +109,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text())
     except json.JSONDecodeError as error:
-        raise ArtifactError(f"{file}: not valid JSON ({error})") from error
-    if manifest.get("format") != FORMAT:
         raise ArtifactError(
-            f"{file}: format {manifest.get('format')}, this version reads {FORMAT}; "
-            "delete the folder to have it made again"
+            f"{file}: not valid JSON ({error}); move the folder away to have it made "
+            "again"
+        ) from error
+    if not isinstance(manifest, dict) or not {"format", "key"} <= manifest.keys():
+        raise ArtifactError(
+            f"{file}: not a manifest; move the folder away to have it made again"
+        )
+    if manifest["format"] != FORMAT:
+        raise ArtifactError(
+            f"{file}: format {manifest['format']}, this version reads {FORMAT}; "
+            "move the folder away to have it made again"
         )
     return manifest
 
@@ -157,8 +164,10 @@ def finish(plan: Plan, counts: Mapping[str, Any]) -> Path:
 
 def _aside(folder: Path) -> Path:
     """A free name for an artifact that is replaced."""
-    manifest = folder / MANIFEST
-    key = json.loads(manifest.read_text())["key"] if manifest.is_file() else "unknown"
+    try:
+        key = read_manifest(folder)["key"]
+    except ArtifactError:
+        key = "unknown"
     names = [folder.with_name(f"{folder.name}.replaced-{key}")]
     names += [names[0].with_name(f"{names[0].name}-{i}") for i in range(2, 100)]
     return next(name for name in names if not name.exists())

@@ -16,8 +16,14 @@ def schedule(
     RA-DIT Table 8 (cosine, LM-FT) and the dpr-scale defaults (linear, R-FT).
 
     Raises:
-        ValueError: warmup that leaves no step to train, or an unknown kind.
+        ValueError: warmup that leaves no step to train, rates that are not positive, or
+            an unknown kind.
     """
+    if not (peak > 0 and end >= 0):
+        raise ValueError(
+            f"learning_rate = {peak} must be positive and end_learning_rate = {end} "
+            "not negative"
+        )
     if not 0 <= warmup_steps < steps:
         raise ValueError(
             f"warmup_steps = {warmup_steps} must be at least 0 and less than steps = "
@@ -70,7 +76,7 @@ def decayed(model: Any) -> Any:
     """True for the weights that decay: all but norms and biases, told by name."""
 
     def is_matrix(path: tuple, _: Any) -> bool:
-        names = [str(getattr(part, "name", part)) for part in path]
+        names = [str(getattr(part, "name", getattr(part, "key", ""))) for part in path]
         return not any("norm" in name or name.startswith("b_") for name in names)
 
     return jax.tree_util.tree_map_with_path(is_matrix, model)
