@@ -53,15 +53,15 @@ def section(config: ConfigDict, variant: str) -> None:
     c.wandb_project = ""  # "": no wandb
     if variant in ("demo", "own"):
         # For a model of 135M weights on two CPU cores: about ten minutes.
-        c.row_tokens, c.row_targets, c.rows, c.micro_batches = 512, 256, 8, 8
-        c.packing_bins = 32
+        c.row_tokens, c.row_targets, c.rows, c.micro_batches = 256, 128, 16, 4
+        c.packing_bins = 64
         c.steps, c.warmup_steps, c.learning_rate, c.end_learning_rate = (
             40,
             4,
             1e-4,
             1e-5,
         )
-        c.remat = "none"
+        c.remat = "dots"
         c.validation_examples, c.validate_every, c.save_every = 64, 20, 20
         c.log_every = 2
     if variant == "tiny":

@@ -21,9 +21,12 @@ Array names end in the letters of their axes, outermost first, so that
 ========  =====================================================
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+# A numpy array on the host, a jax array on the mesh; this file knows only numpy.
+Array = Any
 
 
 class Passage(NamedTuple):
@@ -73,9 +76,9 @@ class Packed(NamedTuple):
     output head runs only where it is needed.
     """
 
-    tokens_BL: np.ndarray  # int32
-    segment_ids_BL: np.ndarray  # int32; 0 is padding, segments count from 1
-    positions_BL: np.ndarray  # int32, restart at 0 in every segment
-    sites_BT: np.ndarray  # int32 index into L
-    targets_BT: np.ndarray  # int32 token that follows the site
-    weights_BT: np.ndarray  # float32; 0 where the site is unused
+    tokens_BL: Array  # int32
+    segment_ids_BL: Array  # int32; 0 is padding, segments count from 1
+    positions_BL: Array  # int32, restart at 0 in every segment
+    sites_BT: Array  # int32 index into L
+    targets_BT: Array  # int32 token that follows the site
+    weights_BT: Array  # float32; 0 where the site is unused

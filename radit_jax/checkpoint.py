@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 PARAMS = "params"
 
+# TensorStore, beneath Orbax, reports full disks and damaged files as ValueErrors.
+_FAILURES = (OSError, ValueError)
+
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, does not fit the model, or could not be written."""
@@ -66,13 +69,13 @@ class Checkpoints:
                 [
                     preserve,
                     policies.BestN(
-                        get_metric_fn=lambda metrics: metrics[metric],
-                        reverse=not higher_is_better,
+                        get_metric_fn=self._goodness,
                         n=1,
                         keep_checkpoints_without_metrics=False,
                     ),
                 ]
             )
+        self._writing: int | None = None
         self._checkpointer = ocp.training.Checkpointer(
             folder.resolve(), preservation_policy=preserve, cleanup_tmp_directories=True
         )
@@ -89,9 +92,13 @@ class Checkpoints:
         rated = [c for c in self._checkpointer.checkpoints if c.metrics]
         if not (self.metric and rated):
             return self.latest
-        sign = -1 if self.higher_is_better else 1
+        return max(rated, key=lambda c: self._goodness(c.metrics)).step
+
+    def _goodness(self, metrics: Any) -> Any:
+        """What the best checkpoint has most of."""
+        value = metrics[self.metric]
         # Of equals the earlier one, as patience would have it.
-        return min(rated, key=lambda c: (sign * c.metrics[self.metric], c.step)).step
+        return value if self.higher_is_better else -value, -metrics["step"]
 
     def save(
         self, step: int, trees: Mapping[str, Any], metrics: Mapping[str, float] | None
@@ -102,30 +109,37 @@ class Checkpoints:
             CheckpointError: this or the previous save failed, a full disk for
                 instance; checkpoints that were complete before stay as they are.
         """
+        # Orbax would wait for the previous save too, and blame this step for it.
+        self.wait()
+        self._writing = step
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
                 dict(trees),
                 # When to save is the loop's decision, not a policy's.
                 force=True,
-                metrics=dict(metrics) if metrics else None,
+                metrics={**metrics, "step": step} if metrics else None,
             )
-        except OSError as error:
-            raise self._failed(step, error) from error
+        except _FAILURES as error:
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Block until everything is on disk; raises like ``save``."""
         try:
             self._checkpointer.wait()
-        except OSError as error:
-            raise self._failed(None, error) from error
+        except _FAILURES as error:
+            raise self._failed(error) from error
 
-    def _failed(self, step: int | None, error: OSError) -> CheckpointError:
-        what = "the last checkpoint" if step is None else f"checkpoint {step}"
+    def _failed(self, error: Exception) -> CheckpointError:
+        # From the disk: Orbax has the ones that this save would have replaced off its
+        # list already.
+        names = (path.name for path in self.folder.iterdir())
+        complete = [int(name) for name in names if name.isdigit()]
+        newest = f"step {max(complete)}" if complete else "none yet"
         return CheckpointError(
-            f"{self.folder}: {what} could not be written ({error}). The newest "
-            f"complete one is step {self.latest}; free some space and run the same "
-            "command again to go on from there"
+            f"{self.folder}: checkpoint {self._writing} could not be written ({error})."
+            f" The newest complete one is {newest}; see that the disk has space and "
+            "run the same command again to go on from there"
         )
 
     def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +151,8 @@ class Checkpoints:
                 object with its own state such as a Grain iterator.
 
         Raises:
-            CheckpointError: the checkpoint has other arrays, shapes or dtypes.
+            CheckpointError: the checkpoint has other arrays, shapes or dtypes, or is
+                damaged.
         """
         wanted = {}
         for name, target in targets.items():
@@ -145,7 +160,16 @@ class Checkpoints:
             if _is_arrays(target):
                 wanted[name] = abstract(target)
                 self._check(step, name, wanted[name])
-        return self._checkpointer.load_checkpointables(step, wanted)
+        try:
+            return self._checkpointer.load_checkpointables(step, wanted)
+        except _FAILURES as error:
+            raise self._damaged(step, error) from error
+
+    def _damaged(self, step: int, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}/{step}: could not be read ({error}); if it is damaged, "
+            "move it away to go on from the checkpoint before"
+        )
 
     def _check(self, step: int, name: str, target: Any) -> None:
         """Compare trees first: Orbax reports a wrong tree opaquely and casts dtypes."""
@@ -154,7 +178,12 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder}: no such checkpoint, or it has no {name!r}"
             )
-        saved = ocp.metadata(folder, checkpointable_name=name).metadata
+        try:
+            saved = ocp.metadata(folder, checkpointable_name=name).metadata
+        except _FAILURES as error:
+            raise self._damaged(step, error) from error
+        if not saved:
+            raise self._damaged(step, ValueError(f"{name} is empty"))
         ours, theirs = _leaves(target), _leaves(saved)
         where = f"{self.folder}/{step}: {name}"
         for path in sorted(set(ours) | set(theirs)):

@@ -107,9 +107,9 @@ def fit(
         state = _restore(checkpoints, restored, state, batches)
     done = int(state.step)
     if done == 0 and restored is None:
-        scores = validate(state.params)
-        tracker.log(0, scores, prefix="validation")
-        _save(checkpoints, 0, state, batches, scores)
+        start = validate(state.params)
+        tracker.log(0, start, prefix="validation")
+        _save(checkpoints, 0, state, batches, start)
     timer = _Timer()
     late: tuple[int, dict[str, jax.Array]] | None = None
     with _signals() as stop:
@@ -131,7 +131,7 @@ def fit(
                 rates = timer.rates(flops_per_token, peak_flops)
                 scalars = {name: float(value) for name, value in metrics.items()}
                 tracker.log(done, scalars | rates, prefix="train")
-            scores = None
+            scores: dict[str, float] | None = None
             if last or done % schedule.validate_every == 0:
                 with timer("validate"):
                     scores = validate(state.params)
@@ -240,7 +240,7 @@ def _signals() -> Iterator[threading.Event]:
         log.warning("signal %d: saving after this step, then stopping", number)
         stop.set()
         # A second one is obeyed at once.
-        signal.signal(number, before[number])
+        signal.signal(number, before[signal.Signals(number)])
 
     for number in handled:
         signal.signal(number, ask)

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import difflib
+import functools
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -30,10 +31,7 @@ INTERRUPTED = 75
 
 COMMANDS: dict[str, Callable[[ConfigDict], object]] = {
     "radit": run_chain,
-    **{
-        name: lambda config, name=name: run(name, STAGES[name], config)
-        for name in STAGES
-    },
+    **{name: functools.partial(run, name, stage) for name, stage in STAGES.items()},
 }
 
 

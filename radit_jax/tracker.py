@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, SupportsFloat, TypeVar
+from typing import Any, Generic, SupportsFloat, TypeVar, overload
 
 from absl import logging
 
@@ -356,6 +356,12 @@ class Progress(Generic[T]):
         self.close()
 
 
+@overload
+def progress(iterable_or_total: int, what: str, unit: str) -> "Progress[Any]": ...
+@overload
+def progress(
+    iterable_or_total: Iterable[T], what: str, unit: str, total: int | None = None
+) -> "Progress[T]": ...
 def progress(
     iterable_or_total: Iterable[T] | int,
     what: str,

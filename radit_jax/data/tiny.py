@@ -27,7 +27,7 @@ FACTS = {
 }
 SYLLABLES = ("ba", "do", "ki", "lu", "me", "no", "ra", "su", "ti", "vo", "za", "pe")
 
-LM = {
+LM: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_act": "silu",
@@ -42,7 +42,7 @@ LM = {
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
 }
-ENCODER = {
+ENCODER: dict[str, Any] = {
     "architectures": ["BertModel"],
     "model_type": "bert",
     "hidden_act": "gelu",

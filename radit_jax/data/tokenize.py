@@ -192,7 +192,8 @@ def _special_ids(
         if field is None:
             id = model.get(f"{role}_token_id")
             # Chat models list several ends, the plain one first.
-            ids[role] = id[0] if isinstance(id, list) and id else id
+            first = id[0] if isinstance(id, list) and id else id
+            ids[role] = first if isinstance(first, int) else None
             continue
         token = named[field]
         content = token["content"] if isinstance(token, dict) else token

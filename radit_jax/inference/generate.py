@@ -234,11 +234,9 @@ def generate(
         for row, i in enumerate(chosen):
             tokens_BL[row, : len(prompts[i])] = prompts[i]
             lengths_B[row], seeds_B[row] = len(prompts[i]), i
-        tokens_BL, lengths_B, seeds_B = map(
-            sharding.put_rows, (tokens_BL, lengths_B, seeds_B)
-        )
-        state = prefill(model, tokens_BL, lengths_B, max_new_tokens, dtype)
-        found = _finish(model, tokenizer, state, stop_V, seeds_B, stop, sampling)
+        put = sharding.put_rows
+        state = prefill(model, put(tokens_BL), put(lengths_B), max_new_tokens, dtype)
+        found = _finish(model, tokenizer, state, stop_V, put(seeds_B), stop, sampling)
         for row, i in enumerate(chosen):
             results[i] = found[row]
         if progress is not None:

@@ -54,11 +54,20 @@ def attention(
             for x in (k_BMGK, v_BMGK)
         )
         G = H
-    q_BLGRK = (q_BLHK * K**-0.5).reshape(B, L, G, H // G, K)
+    # Said here because JAX would infer the tensor axis to be the queries' of a group
+    # when there is a single key/value head.
+    rows, length, head, size = jax.typeof(q_BLHK).sharding.spec
+    q_BLGRK = jnp.reshape(
+        q_BLHK * K**-0.5,
+        (B, L, G, H // G, K),
+        out_sharding=jax.P(rows, length, head, None, size),
+    )
     scores = jnp.einsum(
         "BLGRK,BMGK->BGRLM", q_BLGRK, k_BMGK, preferred_element_type=jnp.float32
     )
     scores = jnp.where(mask_BLM[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BMGK.dtype)
     out_BLGRK = jnp.einsum("BGRLM,BMGK->BLGRK", weights, v_BMGK)
-    return out_BLGRK.reshape(B, L, H, K)
+    return jnp.reshape(
+        out_BLGRK, (B, L, H, K), out_sharding=jax.P(rows, length, head, size)
+    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from radit_jax import sharding
@@ -122,7 +123,7 @@ class Encoder(nnx.Module):
         self,
         tokens_BL: Int[Array, "B L"],
         mask_BL: Bool[Array, "B L"],
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> Float[Array, "B L D"]:
         """Last hidden states; padding (mask False) may stand on either side."""
         # Positions count real tokens' columns, as BERT does: 0 ... L - 1.
@@ -145,7 +146,7 @@ class Encoder(nnx.Module):
         self,
         tokens_BL: Int[Array, "B L"],
         mask_BL: Bool[Array, "B L"],
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> Float[Array, "B E"]:
         """Float32 embeddings of the rows, pooled as the checkpoint says."""
         states_BLD = self.states(tokens_BL, mask_BL, dtype).astype(jnp.float32)

@@ -184,7 +184,7 @@ def _place(
     used.update(names)
     spec = leaf.sharding.spec
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         if not stacked:
             return read_part(tensors[names[0]].array, row, sizes, index)
         layers = range(*index[0].indices(len(names)))
@@ -347,7 +347,7 @@ def read_encoder_config(
             "%s has no pooling metadata: taking the [CLS] state, as DRAGON+ does",
             folder,
         )
-    chosen = {"pooling": "cls", "normalize": False} | said
+    chosen: dict[str, Any] = {"pooling": "cls", "normalize": False} | said
     if pooling is not None:
         chosen["pooling"] = pooling
     if normalize is not None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from radit_jax import sharding
@@ -125,7 +126,7 @@ class Llama(nnx.Module):
             None if config.tied else weight(head_key, (V, D), sharding.W_VD, D**-0.5)
         )
 
-    def embed(self, tokens_BL: Array, dtype: jnp.dtype) -> Array:
+    def embed(self, tokens_BL: Array, dtype: DTypeLike) -> Array:
         """Token embeddings [B, L, D] in the compute dtype."""
         table_VD = jax.sharding.reshard(
             self.embedding[...].astype(dtype), sharding.REPLICATED
@@ -136,7 +137,7 @@ class Llama(nnx.Module):
         self,
         tokens_BL: Int[Array, "B L"],
         layout: Layout,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         remat: str = "none",
     ) -> Float[Array, "B L D"]:
         """Final hidden states of packed or padded rows, normed and ready for the head.
@@ -164,7 +165,7 @@ class Llama(nnx.Module):
         x_BLD, _ = jax.lax.scan(step, self.embed(tokens_BL, dtype), self.layers)
         return rms_norm(x_BLD, self.final_norm[...], config.norm_eps)
 
-    def head_weight(self, dtype: jnp.dtype) -> Float[Array, "V D"]:
+    def head_weight(self, dtype: DTypeLike) -> Float[Array, "V D"]:
         """The output head; the embedding itself when they are tied."""
         return use(self.embedding if self.head is None else self.head, dtype)
 
@@ -178,7 +179,7 @@ class Llama(nnx.Module):
             out_sharding=sharding.LOGITS_BLV,
         )
 
-    def empty_cache(self, rows: int, length: int, dtype: jnp.dtype) -> Cache:
+    def empty_cache(self, rows: int, length: int, dtype: DTypeLike) -> Cache:
         """A cache of ``length`` slots per row with nothing written."""
         config = self.config
         shape = (config.layers, rows, length, config.kv_heads, config.head_size)

@@ -500,7 +500,7 @@ def _import_scann() -> ModuleType | None:
     """ScaNN's numpy interface, None where it is not installed or does not load."""
     try:
         # It has no type stubs, and where it is not installed mypy cannot find it.
-        from scann.scann_ops.py import (  # type: ignore[import-untyped, import-not-found]
+        from scann.scann_ops.py import (
             scann_ops_pybind,
         )
     except ImportError:

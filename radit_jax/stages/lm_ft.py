@@ -128,7 +128,7 @@ def validation(
     return validate
 
 
-def flops_per_token(config: LlamaConfig, row_tokens: int, targets: float) -> float:
+def flops_per_token(config: LlamaConfig, row_tokens: float, targets: float) -> float:
     """Model FLOPs of a training token: 6 per weight used, plus causal attention.
 
     Args:

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint, format, types and tests, on eight fake CPU devices. Further arguments go to
+# pytest, for example: bash launch/test.sh tests/test_llama.py -k rope
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+install test
+ruff check .
+ruff format --check .
+mypy
+python -m pytest --durations=15 -m "not slow" "$@"
