@@ -214,7 +214,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     )
     weights = sum(x.size for x in jax.tree.leaves(model))
     log.info(
-        "lm_ft: %.1fM weights, mesh %s, steps of %d rows of %d tokens, %d micro-batches",
+        "lm_ft: %.1fM weights, mesh %s, steps of %d x %d tokens in %d micro-batches",
         weights / 1e6,
         dict(jax.sharding.get_mesh().shape),
         lm_ft.rows,
