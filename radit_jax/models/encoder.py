@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from radit_jax import sharding
 from radit_jax.models.attention import Layout, attention, attention_mask
-from radit_jax.models.layers import constant, layer_norm, linear, use, weight
+from radit_jax.models.layers import constant, layer_norm, linear, pick, use, weight
 
 POOLINGS = ("cls", "mean")
 
@@ -125,11 +125,23 @@ class Encoder(nnx.Module):
         mask_BL: Bool[Array, "B L"],
         dtype: DTypeLike = jnp.float32,
     ) -> Float[Array, "B L D"]:
-        """Last hidden states; padding (mask False) may stand on either side."""
-        # Positions count real tokens' columns, as BERT does: 0 ... L - 1.
-        x_BLD = use(self.words, dtype).at[tokens_BL].get(out_sharding=sharding.ACT_BLD)
-        length = tokens_BL.shape[1]
-        x_BLD = x_BLD + use(self.positions, dtype)[None, :length]
+        """Last hidden states; padding (mask False) may stand on either side.
+
+        Raises:
+            ValueError: rows longer than the checkpoint's table of positions.
+        """
+        if tokens_BL.shape[1] > self.config.max_length:
+            raise ValueError(
+                f"rows of {tokens_BL.shape[1]} tokens are longer than the encoder's "
+                f"{self.config.max_length} positions"
+            )
+        # The first real token stands at 0, whatever padding is on its left.
+        places_BL = jnp.maximum(jnp.cumsum(mask_BL, axis=1, dtype=jnp.int32) - 1, 0)
+        x_BLD, at_BLD = (
+            use(table, dtype).at[ids_BL].get(out_sharding=sharding.ACT_BLD)
+            for table, ids_BL in ((self.words, tokens_BL), (self.positions, places_BL))
+        )
+        x_BLD = x_BLD + at_BLD
         x_BLD = x_BLD + use(self.types, dtype)[None, :1]
         x_BLD = layer_norm(
             x_BLD, self.norm[...], self.norm_bias[...], self.config.norm_eps
@@ -151,7 +163,8 @@ class Encoder(nnx.Module):
         """Float32 embeddings of the rows, pooled as the checkpoint says."""
         states_BLD = self.states(tokens_BL, mask_BL, dtype).astype(jnp.float32)
         if self.config.pooling == "cls":
-            pooled_BE = states_BLD[:, 0]
+            first_B1 = jnp.argmax(mask_BL, axis=1, keepdims=True)
+            pooled_BE = pick(states_BLD, first_B1)[:, 0]
         else:
             weights_BL = mask_BL.astype(jnp.float32)
             total_BE = jnp.einsum("BLD,BL->BD", states_BLD, weights_BL)
