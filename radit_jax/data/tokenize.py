@@ -166,7 +166,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     bos, eos = ids["bos"], ids["eos"]
     add_bos = named.get("add_bos_token")
     if add_bos is None:
-        # Newer checkpoints say it by how they frame a text.
+        # Newer checkpoints say it by how they frame a text; padding is no frame.
+        backend.no_padding()
         add_bos = bos is not None and backend.encode("").ids[:1] == [bos]
     pad = eos if ids["pad"] is None else ids["pad"]
     return Tokenizer(backend, bos, eos, pad, bool(add_bos))
