@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from radit_jax.checkpoint import Checkpoints
 from radit_jax.tracker import Tracker
@@ -34,6 +35,7 @@ class TrainState:
     rng: jax.Array  # key data of the run's key; fold the step in to use it
 
 
+@runtime_checkable
 class Batches(Protocol):
     """An iterator of host batches whose position can be saved and restored."""
 
@@ -109,6 +111,7 @@ def fit(
     if done == 0 and restored is None:
         start = validate(state.params)
         tracker.log(0, start, prefix="validation")
+        _check_scores(0, start, checkpoints)
         _save(checkpoints, 0, state, batches, start)
     timer = _Timer()
     late: tuple[int, dict[str, jax.Array]] | None = None
@@ -121,28 +124,34 @@ def fit(
                 done += 1
                 # Wait for the step before: the device always has one queued.
                 if late is not None:
-                    _check(*late, timer)
+                    _check(*late, timer, checkpoints)
             late = (done, metrics)
             last = done == schedule.steps
-            if last or done % schedule.log_every == 0:
+            log_now = last or done % schedule.log_every == 0
+            validate_now = last or done % schedule.validate_every == 0
+            # Once a step: a signal that comes between two looks waits for the next.
+            stopping = stop.is_set()
+            save_now = validate_now or stopping or done % schedule.save_every == 0
+            if log_now or save_now:
                 with timer("step"):
-                    _check(*late, timer)
+                    _check(*late, timer, checkpoints)
                 late = None
+            if log_now:
                 rates = timer.rates(flops_per_token, peak_flops)
                 scalars = {name: float(value) for name, value in metrics.items()}
                 tracker.log(done, scalars | rates, prefix="train")
             scores: dict[str, float] | None = None
-            if last or done % schedule.validate_every == 0:
+            if validate_now:
                 with timer("validate"):
                     scores = validate(state.params)
                 tracker.log(done, scores, prefix="validation")
-            if last or stop.is_set() or scores or done % schedule.save_every == 0:
-                if late is not None:
-                    _check(*late, timer)
-                    late = None
+                _check_scores(done, scores, checkpoints)
+            if save_now:
                 with timer("checkpoint"):
+                    if not all_finite(state.params):
+                        raise _non_finite("a weight", "not finite", done, checkpoints)
                     _save(checkpoints, done, state, batches, scores)
-            if stop.is_set() and not last:
+            if stopping and not last:
                 checkpoints.wait()
                 raise Stopped(
                     f"stopped by a signal at step {done} of {schedule.steps}; saved in "
@@ -152,16 +161,51 @@ def fit(
     return state
 
 
-def _check(step: int, metrics: Mapping[str, jax.Array], timer: "_Timer") -> None:
+def _check(
+    step: int,
+    metrics: Mapping[str, jax.Array],
+    timer: "_Timer",
+    checkpoints: Checkpoints,
+) -> None:
     """Fetch a step's metrics and refuse to go on from a broken one."""
     for name in ("loss", "grad_norm"):
         value = float(metrics[name])
         if not math.isfinite(value):
-            raise NonFiniteLoss(
-                f"{name} is {value} at step {step}. The newest checkpoint holds the "
-                "state before it; lower the learning rate or look at that batch"
-            )
+            raise _non_finite(name, str(value), step, checkpoints)
     timer.tokens += float(metrics["tokens"])
+
+
+def _check_scores(
+    step: int, scores: Mapping[str, float], checkpoints: Checkpoints
+) -> None:
+    """A model that validates to NaN must not become the newest or best checkpoint."""
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise _non_finite(f"validation {name}", str(value), step, checkpoints)
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no leaf holds a NaN or an infinity."""
+    return jnp.all(
+        jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+    )
+
+
+def _non_finite(
+    name: str, value: str, step: int, checkpoints: Checkpoints
+) -> NonFiniteLoss:
+    checkpoints.wait()
+    newest = checkpoints.latest
+    kept = (
+        "No checkpoint was written"
+        if newest is None
+        else f"The newest checkpoint, of step {newest}, is from before that"
+    )
+    return NonFiniteLoss(
+        f"{name} is {value} at step {step}. {kept}; lower the learning rate, or look "
+        "at the weights and at that batch"
+    )
 
 
 def _save(

@@ -5,7 +5,7 @@ is Grain's own iterator state, saved with every checkpoint.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -16,6 +16,7 @@ from radit_jax.data import prompts
 CONTEXT_ROLES = ("none", "only", "add")
 
 
+@runtime_checkable
 class Passages(Protocol):
     """Random access to the corpus by passage id."""
 

@@ -5,12 +5,13 @@ by ``{question marker}{question}\\n{answer marker}{answer}``. In training the ma
 are drawn per instance; in evaluation they are ``Q:`` and ``A:``.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 QUESTION_MARKERS = ("Q: ", "Question: ", "")
 ANSWER_MARKERS = ("A:", "Answer:")
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What prompts need of a tokenizer."""
 

@@ -7,7 +7,7 @@ neither on its batch mates nor on its bucket.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048,
 CHUNK = 8
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What generation needs of a tokenizer."""
 

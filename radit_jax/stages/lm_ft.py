@@ -44,7 +44,10 @@ METRIC = "loss"
 
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
-    """The lm_ft section, the mesh and the language model's content."""
+    """The lm_ft section and the language model's content.
+
+    Not the mesh: a run may go on, and be read, on another one.
+    """
     lm_ft = section(config.lm_ft)
     for name in ("log_every", "wandb_project"):
         del lm_ft[name]
