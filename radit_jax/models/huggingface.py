@@ -7,11 +7,11 @@ of ours and writing the checkpoint's back both follow from it.
 """
 
 import difflib
-import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.layers import Rope
 from radit_jax.models.llama import Llama, LlamaConfig
-from radit_jax.models.safetensors import Tensor, read_folder
+from radit_jax.models.safetensors import Tensor, read_folder, read_json
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +83,14 @@ BERT = (
 )
 # Arrays of a checkpoint that the models have no use for.
 IGNORED = ("rotary_emb.inv_freq", "pooler.", "cls.", "embeddings.position_ids")
+# bert-base-uncased itself has TensorFlow's names of old.
+OLD_ENDINGS = {
+    ".LayerNorm.gamma": ".LayerNorm.weight",
+    ".LayerNorm.beta": ".LayerNorm.bias",
+}
 
 
+@runtime_checkable
 class _Tokenizer(Protocol):
     vocab_size: int
 
@@ -130,10 +136,16 @@ def _load(
     prefix: str = "",
 ) -> Model:
     """Fill the abstract model array by array; each device's part is read alone."""
-    tensors = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in read_folder(folder).items()
-    }
+    if jax.sharding.get_mesh().empty:
+        raise ValueError(
+            "weights are loaded onto a mesh; with jax.set_mesh(sharding.make_mesh())"
+        )
+    tensors = {}
+    for name, tensor in read_folder(folder).items():
+        name = name.removeprefix(prefix)
+        for old, new in OLD_ENDINGS.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        tensors[name] = tensor
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract = jax.eval_shape(build, key)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
@@ -231,10 +243,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: no such model folder")
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: has no config.json")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    return read_json(file)
 
 
 def _field(folder: Path, config: Mapping[str, Any], name: str) -> Any:
@@ -271,17 +280,24 @@ def read_llama_config(folder: str | Path) -> LlamaConfig:
     _must_be(folder, config, "hidden_act", ("silu",))
     _must_be(folder, config, "attention_bias", (False, None))
     _must_be(folder, config, "mlp_bias", (False, None))
+    _must_be(folder, config, "quantization_config", (None,))
     if config["model_type"] == "mistral":
         _must_be(folder, config, "sliding_window", (None,))
     width = _field(folder, config, "hidden_size")
     heads = _field(folder, config, "num_attention_heads")
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"{folder}/config.json: num_attention_heads = {heads} is no multiple of "
+            f"num_key_value_heads = {kv_heads}"
+        )
     length = _field(folder, config, "max_position_embeddings")
     return LlamaConfig(
         vocab_size=_field(folder, config, "vocab_size"),
         width=width,
         layers=_field(folder, config, "num_hidden_layers"),
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=kv_heads,
         head_size=config.get("head_dim") or width // heads,
         mlp_width=_field(folder, config, "intermediate_size"),
         max_length=length,
@@ -295,27 +311,55 @@ def _rope(folder: Path, config: Mapping[str, Any], length: int) -> Rope:
     """Both layouts: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0
+    for options in (config, scaling):
+        _must_be(folder, options, "partial_rotary_factor", (None, 1.0))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in Rope.KINDS:
         raise ValueError(
             f"{folder}/config.json: RoPE scaling {kind!r} is not supported; known are "
             f"{', '.join(Rope.KINDS)}"
         )
-    factor = float(scaling.get("factor") or 1.0)
+    if kind == "default":
+        return Rope(float(theta))
+    original = (
+        config.get("original_max_position_embeddings")
+        or scaling.get("original_max_position_embeddings")
+        or length
+    )
+    if kind == "dynamic":  # counts from the model's own length
+        original = length
+    factor = scaling.get("factor")
+    if factor is None and kind == "yarn":
+        factor = length / original
     names = {
-        "low_factor": "low_freq_factor",
-        "high_factor": "high_freq_factor",
+        "low_freq_factor": "low_factor",
+        "high_freq_factor": "high_factor",
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "attention_factor": "attention_factor",
     }
     given = {
         ours: float(scaling[theirs])
-        for ours, theirs in names.items()
+        for theirs, ours in names.items()
         if scaling.get(theirs) is not None
     }
-    original = scaling.get("original_max_position_embeddings") or length
-    return Rope(float(theta), kind, factor, int(original), **given)
+    needed = {"factor": factor}
+    if kind == "llama3":
+        needed |= {name: scaling.get(name) for name in list(names)[:2]}
+    for name, value in needed.items():
+        if value is None:
+            raise ValueError(
+                f"{folder}/config.json: RoPE scaling {kind!r} needs a {name}, there is "
+                "none"
+            )
+    if kind == "yarn":
+        _must_be(folder, scaling, "truncate", (True, None))
+        scale, whole = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        if scale and whole and factor > 1 and "attention_factor" not in given:
+            # DeepSeek's two scales; without them it is the YaRN paper's.
+            growth = 0.1 * math.log(factor)
+            given["attention_factor"] = (growth * scale + 1) / (growth * whole + 1)
+    return Rope(float(theta), kind, float(factor), int(original), **given)
 
 
 def read_encoder_config(
@@ -368,7 +412,7 @@ def _pooling(folder: Path) -> dict[str, Any]:
     """What a sentence-transformers folder says; empty for a plain one."""
     if not (folder / "modules.json").is_file():
         return {}
-    modules = json.loads((folder / "modules.json").read_text())
+    modules = read_json(folder / "modules.json")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     unknown = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
     if unknown:
@@ -376,12 +420,13 @@ def _pooling(folder: Path) -> dict[str, Any]:
     said: dict[str, Any] = {"normalize": "Normalize" in kinds}
     if "Pooling" in kinds:
         file = folder / modules[kinds.index("Pooling")]["path"] / "config.json"
-        modes = json.loads(file.read_text())
+        modes = read_json(file)
         # Older files have a switch per mode, newer ones name it.
         on = [
             k for k, v in modes.items() if k.startswith("pooling_mode_") and v is True
         ]
-        on = on or [f"pooling_mode_{modes.get('pooling_mode', 'cls')}"]
+        if not on and "pooling_mode" in modes:
+            on = [f"pooling_mode_{modes['pooling_mode']}"]
         names = {
             "pooling_mode_cls_token": "cls",
             "pooling_mode_cls": "cls",

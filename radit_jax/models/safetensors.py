@@ -7,7 +7,7 @@ bfloat16, which most published weights are in.
 import json
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -39,6 +39,21 @@ class Tensor(NamedTuple):
     def array(self) -> np.ndarray:
         """A read-only memory map; slices of it read only their pages."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+
+def read_json(file: Path) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
@@ -87,9 +102,10 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of weights")
     if (folder / INDEX).is_file():
-        files = sorted(
-            set(json.loads((folder / INDEX).read_text())["weight_map"].values())
-        )
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not weight_map:
+            raise ValueError(f"{folder / INDEX}: no weight_map")
+        files = sorted(set(weight_map.values()))
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     else:
