@@ -236,12 +236,16 @@ def test_attention_equals_transformers(kv_heads):
     x_BLD = random(2, 7, 32)
     layout = Layout(*map(jnp.asarray, whole(np.zeros((2, 7)))))
     tables = layers.rope_tables(config.rope, 6, layout.positions_BL, 7)
-    q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
-    mixed = attending.attention(
-        q, k, v, attending.attention_mask(layout, layout, causal=True)
-    )
-    found = layers.linear(mixed, block.w_o[...], contract=2)
 
+    @jax.jit
+    def run(block, x_BLD):
+        q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
+        mask_BLM = attending.attention_mask(layout, layout, causal=True)
+        mixed = attending.attention(q, k, v, mask_BLM)
+        found = layers.linear(mixed, block.w_o[...], contract=2)
+        return found, block.finish(x_BLD, mixed, config.norm_eps)
+
+    found, found_block = run(block, x_BLD)
     layer = reference.model.layers[0]
     x = pt(x_BLD)
     mask = torch.full((7, 7), -torch.inf).triu(1)[None, None]
@@ -256,7 +260,7 @@ def test_attention_equals_transformers(kv_heads):
         attention_mask=mask,
         position_embeddings=reference.model.rotary_emb(x, pt(layout.positions_BL)),
     )
-    close(block.finish(x_BLD, mixed, config.norm_eps), whole_block, 1e-5)
+    close(found_block, whole_block, 1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -292,10 +296,10 @@ def model(reference):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(model, side):
-    tokens_BL = tokens(1, 9)
+    tokens_BL = tokens(1, 10)
     expected = hidden(model, tokens_BL, whole(tokens_BL))
-    pad = ((0, 0), (5, 0)) if side == "left" else ((0, 0), (0, 5))
-    here = slice(5, None) if side == "left" else slice(0, 9)
+    pad = ((0, 0), (10, 0)) if side == "left" else ((0, 0), (0, 10))
+    here = slice(10, None) if side == "left" else slice(0, 10)
     layout = Layout(*(np.pad(part, pad) for part in whole(tokens_BL)))
     padded = np.pad(tokens_BL, pad, constant_values=7)
     found = hidden(model, padded, layout)
@@ -304,23 +308,17 @@ def test_padding_changes_nothing(model, side):
 
 
 def test_packed_segments_equal_separate_rows(model):
-    parts = [tokens(1, n, seed=n) for n in (7, 4, 6)]
-    row = np.concatenate([*parts, np.zeros((1, 3), np.int32)], axis=1)
-    segments = np.concatenate(
-        [np.full((1, p.shape[1]), i + 1) for i, p in enumerate(parts)], 1
-    )
+    parts = [tokens(1, length, seed=length) for length in (7, 10)]
+    rest = np.zeros((1, 3), np.int32)
+    layouts = [whole(part) for part in parts]
+    segments = [np.full_like(part, i + 1) for i, part in enumerate(parts)]
+    positions = [layout.positions_BL for layout in layouts]
     layout = Layout(
-        np.pad(segments, ((0, 0), (0, 3))).astype(np.int32),
-        np.concatenate(
-            [*(whole(p).positions_BL for p in parts), np.zeros((1, 3), np.int32)], 1
-        ),
+        np.concatenate([*segments, rest], 1), np.concatenate([*positions, rest], 1)
     )
-    found = np.asarray(hidden(model, row, layout))
-    begin = 0
-    for part in parts:
-        end = begin + part.shape[1]
-        close(found[:, begin:end], hidden(model, part, whole(part)), 1e-5)
-        begin = end
+    found = np.asarray(hidden(model, np.concatenate([*parts, rest], 1), layout))
+    close(found[:, :7], hidden(model, parts[0], layouts[0]), 1e-5)
+    close(found[:, 7:17], hidden(model, parts[1], layouts[1]), 1e-5)
 
 
 def test_later_and_foreign_tokens_have_exactly_no_influence(model):
@@ -376,6 +374,18 @@ def test_cached_equals_uncached(model, side):
         found, cache = extend(model, token_B1, layout, cache, prompt + step)
         for row, n in enumerate(lengths):
             close(found[row, 0], expected[row][n + step], 1e-5)
+
+
+def test_long_rows_equal_the_same_row_read_into_a_cache(model):
+    """Several blocks of attention, each of which skips what lies behind it."""
+    length = 2 * getattr(attending, "BLOCK", 128)
+    tokens_BL = sharding.put_rows(tokens(1, length))
+    segments_BL = np.where(np.arange(length) < 50, 1, 2)[None].astype(np.int32)
+    positions_BL = np.arange(length)[None] - np.where(segments_BL == 1, 0, 50)
+    layout = on_mesh(Layout(segments_BL, positions_BL.astype(np.int32)))
+    cache = model.empty_cache(1, length, jnp.float32)
+    expected, _ = extend(model, tokens_BL, layout, cache, 0)
+    close(hidden(model, tokens_BL, layout), expected, 1e-5)
 
 
 # --- training, and meshes -------------------------------------------------------
