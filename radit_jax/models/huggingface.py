@@ -328,7 +328,7 @@ def _rope(folder: Path, config: Mapping[str, Any], length: int) -> Rope:
     )
     if kind == "dynamic":  # counts from the model's own length
         original = length
-    factor = scaling.get("factor")
+    factor: Any = scaling.get("factor")
     if factor is None and kind == "yarn":
         factor = length / original
     names = {
