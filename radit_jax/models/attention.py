@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a row that may attend to nothing (padding) stays finite too.
 MASKED = -1e30
+# Queries per block of causal attention: half the scores of a long row are never made.
+BLOCK = 128
 
 
 class Layout(NamedTuple):
@@ -37,10 +39,19 @@ def attention(
     k_BMGK: Float[Array, "B M G K"],
     v_BMGK: Float[Array, "B M G K"],
     mask_BLM: Bool[Array, "B L M"],
+    in_order: bool = False,
 ) -> Float[Array, "B L H K"]:
     """Grouped-query attention, scores and softmax in float32.
 
     Query head h reads key/value head ``h // (H / G)``, as in Llama checkpoints.
+
+    Args:
+        q_BLHK: queries.
+        k_BMGK: keys.
+        v_BMGK: values.
+        mask_BLM: True where a query may attend to a key.
+        in_order: queries and keys are the same tokens and the mask is causal along
+            the row, so that keys behind a block of queries need not be looked at.
     """
     B, L, H, K = q_BLHK.shape
     G = k_BMGK.shape[2]
@@ -54,20 +65,40 @@ def attention(
             for x in (k_BMGK, v_BMGK)
         )
         G = H
-    # Said here because JAX would infer the tensor axis to be the queries' of a group
-    # when there is a single key/value head.
-    rows, length, head, size = jax.typeof(q_BLHK).sharding.spec
+    R = H // G
+    # Heads before tokens: the products below are then plain batches of matrices.
+    # The sharding is said because JAX would infer the tensor axis to be the queries'
+    # of a group when there is a single key/value head.
+    rows, length, head, within = jax.typeof(q_BLHK).sharding.spec
     q_BLGRK = jnp.reshape(
         q_BLHK * K**-0.5,
-        (B, L, G, H // G, K),
-        out_sharding=jax.P(rows, length, head, None, size),
+        (B, L, G, R, K),
+        out_sharding=jax.P(rows, length, head, None, within),
     )
-    scores = jnp.einsum(
-        "BLGRK,BMGK->BGRLM", q_BLGRK, k_BMGK, preferred_element_type=jnp.float32
-    )
-    scores = jnp.where(mask_BLM[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BMGK.dtype)
-    out_BLGRK = jnp.einsum("BGRLM,BMGK->BLGRK", weights, v_BMGK)
+    q_BGRLK = q_BLGRK.transpose(0, 2, 3, 1, 4)
+    k_BGMK, v_BGMK = (x.transpose(0, 2, 1, 3) for x in (k_BMGK, v_BMGK))
+    size = BLOCK if in_order and L % BLOCK == 0 else L
+    blocks = []
+    for start in range(0, L, size):
+        stop = start + size
+        keys = stop if in_order else k_BGMK.shape[2]
+        scores = jnp.einsum(
+            "BGNK,BGMK->BGNM",
+            q_BGRLK[:, :, :, start:stop].reshape(B, G, R * size, K),
+            k_BGMK[:, :, :keys],
+            preferred_element_type=jnp.float32,
+        ).reshape(B, G, R, size, keys)
+        mask = mask_BLM[:, None, None, start:stop, :keys]
+        weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1)
+        out = jnp.einsum(
+            "BGNM,BGMK->BGNK",
+            weights.astype(v_BGMK.dtype).reshape(B, G, R * size, keys),
+            v_BGMK[:, :, :keys],
+        )
+        blocks.append(out.reshape(B, G, R, size, K))
+    out_BGRLK = jnp.concatenate(blocks, axis=3) if len(blocks) > 1 else blocks[0]
     return jnp.reshape(
-        out_BLGRK, (B, L, H, K), out_sharding=jax.P(rows, length, head, size)
+        out_BGRLK.transpose(0, 3, 1, 2, 4),
+        (B, L, H, K),
+        out_sharding=jax.P(rows, length, head, within),
     )

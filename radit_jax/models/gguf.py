@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,27 @@ def convert_gguf(file: str | Path, folder: str | Path) -> Path:
     if folder.is_dir():
         return folder
     reader = _open(file)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     config = _config(file, reader)
-    _write_tokenizer(file, reader, partial)
     log.info("%s: converting to %s", file, folder)
-    config["tie_word_embeddings"] = "lm_head.weight" not in _write_weights(
-        file, reader, config, partial
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: the processes of a pod may all convert to the same disk.
+    partial = Path(
+        tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent)
     )
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    partial.rename(folder)
+    try:
+        partial.chmod(0o755)  # mkdtemp's are private
+        _write_tokenizer(file, reader, partial)
+        config["tie_word_embeddings"] = "lm_head.weight" not in _write_weights(
+            file, reader, config, partial
+        )
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -90,6 +101,8 @@ def _open(file: Path) -> Any:
     try:
         reader = GGUFReader(str(file))
     except (ValueError, IndexError) as error:
+        if "GGMLQuantizationType" in str(error):
+            raise ValueError(f"{file}: unknown quantisation: {error}") from error
         raise ValueError(f"{file}: truncated or damaged GGUF ({error})") from error
     for tensor in reader.tensors:
         if int(tensor.data_offset) + int(tensor.n_bytes) > file.stat().st_size:
@@ -118,6 +131,11 @@ def _config(file: Path, reader: Any) -> dict[str, Any]:
             "model's Hugging Face folder, which names the scaling"
         )
 
+    # Embeddings may have more rows than there are tokens.
+    rows = {t.name: int(t.shape[1]) for t in reader.tensors if len(t.shape) == 2}
+    if "token_embd.weight" not in rows:
+        raise ValueError(f"{file}: has no tensor token_embd.weight")
+
     def get(name: str, default: Any = None) -> Any:
         return _get(file, reader, f"llama.{name}", default)
 
@@ -138,7 +156,7 @@ def _config(file: Path, reader: Any) -> dict[str, Any]:
         "max_position_embeddings": int(get("context_length")),
         "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon")),
         "rope_theta": float(get("rope.freq_base", 10_000.0)),
-        "vocab_size": len(_get(file, reader, "tokenizer.ggml.tokens")),
+        "vocab_size": rows["token_embd.weight"],
         "torch_dtype": "float32",
     }
     if scaling == "linear":
@@ -177,7 +195,8 @@ def _tensors(
             yield _TOP[tensor.name], array
             continue
         parts = tensor.name.split(".")
-        if len(parts) != 4 or parts[0] != "blk" or parts[2] not in _LAYER:
+        known = len(parts) == 4 and parts[2] in _LAYER
+        if not known or (parts[0], parts[3]) != ("blk", "weight"):
             raise ValueError(f"{file}: unknown tensor {tensor.name}")
         if parts[2] in heads:
             # llama.cpp interleaves the halves that RoPE rotates; take them apart.
@@ -234,7 +253,10 @@ def _write_tokenizer(file: Path, reader: Any, folder: Path) -> None:
         tuple(m.split(" ", 1)) for m in _get(file, reader, "tokenizer.ggml.merges")
     ]
     model = models.BPE(
-        vocab={token: id for id, token in enumerate(tokens)}, merges=merges
+        vocab={token: id for id, token in enumerate(tokens)},
+        merges=merges,
+        # Llama 3 takes a word of the vocabulary whole, merges or not.
+        ignore_merges=pre == "llama-bpe",
     )
     tokenizer = tokenizers.Tokenizer(model)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

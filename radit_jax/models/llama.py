@@ -157,7 +157,7 @@ class Llama(nnx.Module):
 
         def step(x_BLD: Array, block: Block) -> tuple[Array, None]:
             q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
-            mixed = attention(q, k, v, mask_BLM)
+            mixed = attention(q, k, v, mask_BLM, in_order=True)
             return block.finish(x_BLD, mixed, config.norm_eps), None
 
         if remat != "none":
