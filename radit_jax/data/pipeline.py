@@ -214,6 +214,11 @@ def training_batches(
     Raises:
         ValueError: rows do not divide, or a dataset is empty (as ``instances``).
     """
+    if not 0 <= mixture.plain_text_share < 1:
+        raise ValueError(
+            f"lm_ft.plain_text_share = {mixture.plain_text_share} must be at least 0 "
+            "and less than 1"
+        )
     parts = processes * mixture.micro_batches
     if mixture.rows % parts:
         raise ValueError(

@@ -5,6 +5,7 @@ real runs use, in seconds. The numbers it ends with mean nothing.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +167,31 @@ def _write_lm(folder: Path, texts: list[str], rng: np.random.Generator) -> None:
 
 def _write_encoder(folder: Path, texts: list[str], rng: np.random.Generator) -> None:
     """A WordPiece tokenizer and a random BERT, mean-pooled and normalised."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=512, special_tokens=special, show_progress=False
+    # Not trained: WordPiece training breaks ties another way each time, and the same
+    # seed has to give the same files.
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    splitter = pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word
+        for text in texts
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    letters = sorted(set("".join(words)))
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *letters,
+        *(f"##{c}" for c in letters),
+    ]
+    frequent = sorted(words, key=lambda word: (-words[word], word))
+    pieces = list(dict.fromkeys([*pieces, *frequent]))[:512]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    # So that a text which spells "[SEP]" is told from the token.
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -50,6 +50,8 @@ def vote(
         probability = float(weight * np.exp(log_probability))
         name = normalize(text)
         totals[name] = totals.get(name, 0.0) + probability
-        shown[name] = max(shown.get(name, (-1.0, "")), (probability, text))
+        # Of equals the better passage's: they come first.
+        if name not in shown or probability > shown[name][0]:
+            shown[name] = (probability, text)
     ranked = sorted(totals, key=lambda name: -totals[name])
     return [Vote(shown[name][1], totals[name]) for name in ranked]

@@ -5,6 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from radit_jax import sharding
+
 # Dense bf16 FLOP/s of one chip, from the vendors' data sheets.
 PEAK_BF16 = {
     "TPU v4": 275e12,
@@ -38,13 +40,13 @@ def peak_flops(dtype: jnp.dtype) -> float:
 
 def measured_matmul(dtype: jnp.dtype, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of the fastest of a few square matrix products on the first device."""
-    device = jax.devices()[0]
-    x = jax.device_put(jnp.ones((size, size), dtype), device)
-    product = jax.jit(jnp.dot)
-    product(x, x).block_until_ready()
     seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        x = jnp.ones((size, size), dtype)
+        product = jax.jit(jnp.dot)
         product(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
