@@ -500,9 +500,7 @@ def test_sizes_that_do_not_divide_are_told(change, words):
 
 def test_blocks_of_a_long_row_leave_nothing_out():
     """Rows of several blocks: skipping keys behind a block changes nothing."""
-    from radit_jax.models.attention import BLOCK
-
-    length = 2 * BLOCK
+    length = 2 * attending.BLOCK
     keys = jax.random.split(jax.random.key(0), 3)
     q_BLHK, k_BMGK, v_BMGK = (
         jax.random.normal(key, (2, length, heads, 4))
@@ -512,7 +510,7 @@ def test_blocks_of_a_long_row_leave_nothing_out():
     ids_BL = jnp.stack([1 + columns // 100, 1 + columns // 200]).astype(jnp.int32)
     layout = Layout(ids_BL, jnp.stack([columns % 100, columns % 200]))
     with jax.set_mesh(sharding.make_mesh(1, 1, 1)):
-        mask_BLM = attention_mask(layout, layout, causal=True)
-        whole = attention(q_BLHK, k_BMGK, v_BMGK, mask_BLM)
-        blocks = attention(q_BLHK, k_BMGK, v_BMGK, mask_BLM, in_order=True)
+        mask_BLM = attending.attention_mask(layout, layout, causal=True)
+        whole = attending.attention(q_BLHK, k_BMGK, v_BMGK, mask_BLM)
+        blocks = attending.attention(q_BLHK, k_BMGK, v_BMGK, mask_BLM, in_order=True)
     np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)
