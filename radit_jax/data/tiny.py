@@ -177,17 +177,12 @@ def _write_encoder(folder: Path, texts: list[str], rng: np.random.Generator) -> 
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))
     )
     letters = sorted(set("".join(words)))
-    pieces = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        *letters,
-        *(f"##{c}" for c in letters),
-    ]
     frequent = sorted(words, key=lambda word: (-words[word], word))
-    pieces = list(dict.fromkeys([*pieces, *frequent]))[:512]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    pieces = dict.fromkeys(
+        [*special, *letters, *(f"##{c}" for c in letters), *frequent]
+    )
+    vocabulary = {piece: i for i, piece in enumerate([*pieces][:512])}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     # So that a text which spells "[SEP]" is told from the token.

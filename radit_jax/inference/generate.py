@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import reshard
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from radit_jax import sharding
@@ -92,7 +93,7 @@ def prefill(
     tokens_BL: Int[Array, "B L"],
     lengths_B: Int[Array, " B"],
     max_new_tokens: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> Decoding:
     """Read right-padded prompts and give the state to decode from."""
     B, L = tokens_BL.shape
@@ -142,7 +143,7 @@ def decode(
         log_BV = jax.nn.log_softmax(state.logits_BV, axis=-1)
         chosen_B = _choose(state.logits_BV, seeds_B, state.step, sampling)
         chosen_B = jnp.where(state.done_B, 0, chosen_B)
-        chosen_log_B = jnp.take_along_axis(log_BV, chosen_B[:, None], axis=1)[:, 0]
+        chosen_log_B = jax.vmap(lambda log_V, id: log_V[id])(log_BV, chosen_B)
         write = jax.lax.dynamic_update_slice_in_dim
         live_B = ~state.done_B
         tokens_BL = write(state.tokens_BL, chosen_B[:, None], state.step, 1)
@@ -199,7 +200,7 @@ def generate(
     stop: Sequence[str] = (),
     sampling: Sampling = GREEDY,
     batch_tokens: int = 8192,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """Continue every prompt until <eos>, a stop string or ``max_new_tokens``.
@@ -313,15 +314,15 @@ def _cut(
     body = tokens[:-1] if stopped and tokens[-1] == tokenizer.eos_id else tokens
     text = tokenizer.decode(body)
     places = [text.index(string) for string in stop if string in text]
-    if places and not stopped:
-        # A stop string of several tokens: drop what was generated beyond it.
+    if places:
+        # Drop what was generated beyond a stop string of several tokens. It goes before
+        # a stop token: rows that wait for their mates are filled with some token.
         stopped = True
+        text = text[: min(places)]
         n = next(
             n
-            for n in range(1, len(tokens) + 1)
-            if any(string in tokenizer.decode(tokens[:n]) for string in stop)
+            for n in range(1, len(body) + 1)
+            if any(string in tokenizer.decode(body[:n]) for string in stop)
         )
-        tokens = tokens[:n]
-    if places:
-        text = text[: min(places)]
+        tokens = body[:n]
     return Generated(text.strip(), tokens, float(log_L[: len(tokens)].sum()), stopped)
