@@ -110,7 +110,7 @@ class _Renderer:
             answer_marker=answers[int(rng.integers(len(answers)))],
             bos=self.mixture.bos,
         )
-        return _features(
+        return features(
             prompt.tokens, prompt.answer_start, self.mixture.row_targets, example.id
         )
 
@@ -133,11 +133,12 @@ class _PlainText:
         tokens = start + tokenizer.encode(self.passages[int(id)].display)
         room = min(mixture.row_tokens, mixture.row_targets)
         tokens = [*tokens[: room - 1], tokenizer.eos_id]
-        return _features(tokens, 1, mixture.row_targets, f"passage {id}")
+        return features(tokens, 1, mixture.row_targets, f"passage {id}")
 
 
-def _features(tokens: list[int], start: int, row_targets: int, what: str) -> dict:
-    """Tokens, and the sites whose successors, from ``start`` on, carry loss."""
+def features(tokens: list[int], start: int, row_targets: int, what: str) -> dict:
+    """What is packed of an instance: its tokens, and the sites whose successors, from
+    ``start`` on, carry loss."""
     if len(tokens) - start > row_targets:
         raise ValueError(
             f"{what}: an answer of {len(tokens) - start} tokens, <eos> included, is "
@@ -279,10 +280,15 @@ def validation_batches(
             bos=mixture.bos,
         )
         source.append(
-            _features(
+            features(
                 prompt.tokens, prompt.answer_start, mixture.row_targets, example.id
             )
         )
+    return pack_all(source, mixture, rows)
+
+
+def pack_all(source: Sequence[dict], mixture: Mixture, rows: int) -> Iterator[Packed]:
+    """Pack instances that are all there, in batches of ``rows``; the last is padded."""
     order = grain.MapDataset.source(source).to_iter_dataset()
     packed = list(_pack(order, mixture, max(mixture.packing_bins, rows)))
     for start in range(0, len(packed), rows):
