@@ -179,13 +179,14 @@ def test_a_row_of_nothing_but_padding_stays_finite(reference):
     assert np.isfinite(run(ours(reference, config), tokens_BL, mask_BL)).all()
 
 
-def test_bfloat16_stays_near_and_returns_float32(reference):
-    config = dataclasses.replace(CONFIG, pooling="mean", normalize=True)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_bfloat16_stays_near_and_returns_float32(reference, pooling):
+    config = dataclasses.replace(CONFIG, pooling=pooling, normalize=True)
     model = ours(reference, config)
     rows = [sharding.put_rows(x) for x in batch()]
     found = jax.jit(Encoder.__call__, static_argnums=3)(model, *rows, jnp.bfloat16)
     assert found.dtype == jnp.float32
-    expected = expected_embeddings(reference, "mean", True)
+    expected = expected_embeddings(reference, pooling, True)
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
