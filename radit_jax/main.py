@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-from absl import app
+from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
@@ -98,16 +98,39 @@ def check_recipe(arguments: Sequence[str]) -> None:
             continue
         path = Path(value.split(":", 1)[0])
         if not path.is_file():
-            known = sorted(str(p) for p in path.parent.glob("*.py")) or [
-                f"configs/{name}.py" for name in COMMANDS
-            ]
+            known = sorted(
+                str(p)
+                for p in path.parent.glob("*.py")
+                if "def get_config(" in p.read_text()
+            ) or [f"configs/{name}.py" for name in COMMANDS]
             near = difflib.get_close_matches(str(path), known, 1, 0.3)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             sys.exit(f"error: no recipe {path}{hint} There are: {', '.join(known)}")
         # Recipes import their siblings as ``configs.<name>``.
         sys.path.insert(0, str(path.resolve().parent.parent))
 
 
-if __name__ == "__main__":
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Read the command line; what is wrong with it is said in one line.
+
+    Raises:
+        SystemExit: the recipe has no such field or variant, or a value is of the wrong
+            kind.
+    """
+    try:
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        # ml_collections folds the traceback of what a recipe raised into its message.
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        message = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+        sys.exit(f"error: {message.removeprefix('ValueError: ')}")
+
+
+def front_door() -> None:
+    """Check the command line, then run what it asks for."""
     check_recipe(sys.argv[1:])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+    front_door()

@@ -32,7 +32,7 @@ from radit_jax.models.huggingface import (
     read_llama_config,
 )
 from radit_jax.models.layers import pick
-from radit_jax.models.llama import Llama, LlamaConfig
+from radit_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
 from radit_jax.stages import hardware
 from radit_jax.stages.retrieve import concatenated, read_retrieved
 from radit_jax.stages.stage import Stage, compute_dtype, lm_folder, section, settings_of
@@ -181,9 +181,27 @@ def prepare_data(
     return batches, list(fixed)
 
 
+def check_settings(lm_ft: ConfigDict) -> None:
+    """Stop before anything is read if a setting makes no sense.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    counts = ("passages_per_example", "dataset_cap", "row_tokens", "row_targets")
+    counts += ("rows", "micro_batches", "packing_bins", "validation_examples", "keep")
+    for name in (*counts, *Schedule._fields):
+        if lm_ft[name] < 1:
+            raise ValueError(f"lm_ft.{name} = {lm_ft[name]} must be at least 1")
+    if lm_ft.remat not in REMAT_POLICIES:
+        raise ValueError(
+            f"lm_ft.remat = {lm_ft.remat!r} is not one of {', '.join(REMAT_POLICIES)}"
+        )
+
+
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Fine-tune, keeping the checkpoint with the best validation loss."""
     lm_ft = config.lm_ft
+    check_settings(lm_ft)
     tokenizer = load_tokenizer(lm_folder(config))
     dtype = compute_dtype(config)
     batches, fixed = prepare_data(config, tokenizer)
