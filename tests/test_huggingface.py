@@ -431,6 +431,12 @@ def test_missing_folders_and_files_are_told(llama):
         ({"mlp_bias": True}, r"mlp_bias is True"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config is"),
         ({"model_type": "mistral", "sliding_window": 8}, r"sliding_window is 8"),
+        ({"vocab_size": "64"}, r"vocab_size is '64', expected a positive integer"),
+        ({"num_hidden_layers": 0}, r"num_hidden_layers is 0, expected a positive"),
+        (
+            {"hidden_size": 30, "head_dim": None},
+            r"hidden_size = 30 is no multiple of num_attention_heads = 8",
+        ),
         ({"num_key_value_heads": 3}, r"heads = 8 is no multiple of .*heads = 3"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5"),
         (
@@ -456,6 +462,17 @@ def test_configs_that_are_not_supported_are_told(llama, changes, words):
     with pytest.raises(ValueError, match=words) as error:
         load_llama(llama)
     assert "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_llama, load_encoder])
+def test_a_config_without_a_model_type_is_told(llama, bert, load):
+    folder = llama if load is load_llama else bert
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    for content, words in ((config, "no field model_type"), ([], "a JSON object")):
+        (folder / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=words):
+            load(folder)
 
 
 @pytest.mark.parametrize(

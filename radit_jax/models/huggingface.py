@@ -243,15 +243,39 @@ def _config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder}: no such model folder")
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: has no config.json")
-    return read_json(file)
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object")
+    if "model_type" not in config:
+        raise ValueError(f"{file}: no field model_type, so no telling what it is")
+    return config
 
 
-def _field(folder: Path, config: Mapping[str, Any], name: str) -> Any:
-    if config.get(name) is None:
+def _size(folder: Path, config: Mapping[str, Any], name: str) -> int:
+    size = config.get(name)
+    if size is None:
         near = difflib.get_close_matches(name, config, 1)
         hint = f"; the nearest is {near[0]}" if near else ""
         raise ValueError(f"{folder}/config.json: no field {name}{hint}")
-    return config[name]
+    if type(size) is not int or size < 1:
+        raise ValueError(
+            f"{folder}/config.json: {name} is {size!r}, expected a positive integer"
+        )
+    return size
+
+
+def _head_size(folder: Path, config: Mapping[str, Any]) -> int:
+    if config.get("head_dim") is not None:
+        return _size(folder, config, "head_dim")
+    width = _size(folder, config, "hidden_size")
+    heads = _size(folder, config, "num_attention_heads")
+    if width % heads:
+        nearest = max(width // heads, 1) * heads
+        raise ValueError(
+            f"{folder}/config.json: hidden_size = {width} is no multiple of "
+            f"num_attention_heads = {heads}; the nearest is {nearest}"
+        )
+    return width // heads
 
 
 def _must_be(
@@ -283,23 +307,22 @@ def read_llama_config(folder: str | Path) -> LlamaConfig:
     _must_be(folder, config, "quantization_config", (None,))
     if config["model_type"] == "mistral":
         _must_be(folder, config, "sliding_window", (None,))
-    width = _field(folder, config, "hidden_size")
-    heads = _field(folder, config, "num_attention_heads")
+    heads = _size(folder, config, "num_attention_heads")
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise ValueError(
             f"{folder}/config.json: num_attention_heads = {heads} is no multiple of "
             f"num_key_value_heads = {kv_heads}"
         )
-    length = _field(folder, config, "max_position_embeddings")
+    length = _size(folder, config, "max_position_embeddings")
     return LlamaConfig(
-        vocab_size=_field(folder, config, "vocab_size"),
-        width=width,
-        layers=_field(folder, config, "num_hidden_layers"),
+        vocab_size=_size(folder, config, "vocab_size"),
+        width=_size(folder, config, "hidden_size"),
+        layers=_size(folder, config, "num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
-        head_size=config.get("head_dim") or width // heads,
-        mlp_width=_field(folder, config, "intermediate_size"),
+        head_size=_head_size(folder, config),
+        mlp_width=_size(folder, config, "intermediate_size"),
         max_length=length,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope=_rope(folder, config, length),
@@ -379,6 +402,7 @@ def read_encoder_config(
     _must_be(folder, config, "model_type", ("bert",))
     _must_be(folder, config, "hidden_act", ("gelu",))
     _must_be(folder, config, "position_embedding_type", ("absolute", None))
+    _head_size(folder, config)
     said = _pooling(folder)
     for name, given in (("pooling", pooling), ("normalize", normalize)):
         if given is not None and name in said and said[name] != given:
@@ -397,12 +421,12 @@ def read_encoder_config(
     if normalize is not None:
         chosen["normalize"] = normalize
     return EncoderConfig(
-        vocab_size=_field(folder, config, "vocab_size"),
-        width=_field(folder, config, "hidden_size"),
-        layers=_field(folder, config, "num_hidden_layers"),
-        heads=_field(folder, config, "num_attention_heads"),
-        mlp_width=_field(folder, config, "intermediate_size"),
-        max_length=_field(folder, config, "max_position_embeddings"),
+        vocab_size=_size(folder, config, "vocab_size"),
+        width=_size(folder, config, "hidden_size"),
+        layers=_size(folder, config, "num_hidden_layers"),
+        heads=_size(folder, config, "num_attention_heads"),
+        mlp_width=_size(folder, config, "intermediate_size"),
+        max_length=_size(folder, config, "max_position_embeddings"),
         norm_eps=config.get("layer_norm_eps", 1e-12),
         **chosen,
     )
