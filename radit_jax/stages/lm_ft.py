@@ -187,8 +187,17 @@ def check_settings(lm_ft: ConfigDict) -> None:
     Raises:
         ValueError: naming the setting.
     """
-    counts = ("passages_per_example", "dataset_cap", "row_tokens", "row_targets")
-    counts += ("rows", "micro_batches", "packing_bins", "validation_examples", "keep")
+    counts = (
+        "passages_per_example",
+        "dataset_cap",
+        "row_tokens",
+        "row_targets",
+        "rows",
+        "micro_batches",
+        "packing_bins",
+        "validation_examples",
+        "keep",
+    )
     for name in (*counts, *Schedule._fields):
         if lm_ft[name] < 1:
             raise ValueError(f"lm_ft.{name} = {lm_ft[name]} must be at least 1")
