@@ -126,8 +126,12 @@ def on_mesh(layout):
     return Layout(*(sharding.put_rows(np.asarray(part)) for part in layout))
 
 
-hidden = jax.jit(Llama.hidden, static_argnames=("dtype", "remat"))
-extend = jax.jit(Llama.extend)
+# Toy models: most of the time goes into compiling.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+hidden = jax.jit(
+    Llama.hidden, static_argnames=("dtype", "remat"), compiler_options=FAST
+)
+extend = jax.jit(Llama.extend, compiler_options=FAST)
 
 
 @jax.jit
@@ -413,7 +417,7 @@ def loss_and_gradient(model, batch, remat="none"):
     return jax.value_and_grad(loss)(model)
 
 
-run = jax.jit(loss_and_gradient, static_argnums=2)
+run = jax.jit(loss_and_gradient, static_argnums=2, compiler_options=FAST)
 
 
 @pytest.fixture(scope="module")
