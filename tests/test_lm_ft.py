@@ -105,7 +105,8 @@ def row(tiny):
 
         def nll(batch):
             with jax.set_mesh(sharding.make_mesh()):
-                return float(sums(model, Packed(*map(jnp.asarray, batch)))["nll"])
+                placed = Packed(*map(sharding.put_rows, batch))
+                return float(sums(model, placed)["nll"])
 
         return chosen, nll
 
