@@ -32,7 +32,7 @@ from radit_jax.loop import TrainState
 from radit_jax.models.huggingface import load_llama
 from radit_jax.stages import hardware
 from radit_jax.stages.lm_ft import flops_per_token, make_step, place
-from radit_jax.stages.retrieve import concatenated, read_retrieved
+from radit_jax.stages.retrieve import read_retrieved
 
 PER_STEP = 32
 
@@ -41,7 +41,7 @@ def rendered(workdir: Path, count: int) -> list[prompts.Prompt]:
     """The first training instances: each question with its top passage."""
     tokenizer = load_tokenizer(workdir / "inputs" / "lm")
     passages = PassageStore(workdir / "passages")
-    examples, found = concatenated(read_retrieved(workdir, "train"))
+    examples, found = read_retrieved(workdir, "train")["train"]
     return [
         prompts.render(
             tokenizer,

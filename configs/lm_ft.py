@@ -22,7 +22,9 @@ def section(config: ConfigDict, variant: str) -> None:
     c = config.lm_ft = ConfigDict()
     # Instances and their mixture.
     c.passages_per_example = 3  # k~, independent instances of an example (App. B)
-    c.context = "none"  # a given context: "none", "only" (no retrieval) or "add"
+    # What a given context is for: "none" (nothing), "only" (instead of retrieval) or
+    # "add" (besides it); for some datasets alone: "none, squad=add, cnn=only".
+    c.context = "none"
     c.dataset_cap = 7500  # eta: the most examples a dataset weighs as
     c.plain_text_share = 0.1  # of instances; loss on all of their tokens
     c.bos = True  # every example is <bos> ... <eos>
@@ -52,9 +54,9 @@ def section(config: ConfigDict, variant: str) -> None:
     c.keep = 1  # newest checkpoints kept, besides the best one
     c.wandb_project = ""  # "": no wandb
     if variant in ("demo", "own"):
-        # For a model of 135M weights on two CPU cores: about ten minutes.
-        c.row_tokens, c.row_targets, c.rows, c.micro_batches = 256, 128, 16, 4
-        c.packing_bins = 64
+        # For a model of 135M weights on two CPU cores: about seven minutes.
+        c.row_tokens, c.row_targets, c.rows, c.micro_batches = 512, 192, 8, 2
+        c.packing_bins = 256
         c.steps, c.warmup_steps, c.learning_rate, c.end_learning_rate = (
             40,
             4,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from radit_jax.checkpoint import Checkpoints
-from radit_jax.tracker import Tracker
+from radit_jax.tracker import Tracker, progress
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,8 @@ def fit(
         _save(checkpoints, 0, state, batches, start)
     timer = _Timer()
     late: tuple[int, dict[str, jax.Array]] | None = None
-    with _signals() as stop:
+    with _signals() as stop, progress(schedule.steps, "training", "steps") as bar:
+        bar.skip(done)
         while done < schedule.steps:
             with timer("data"):
                 batch = place(next(batches))
@@ -126,6 +127,7 @@ def fit(
                 if late is not None:
                     _check(*late, timer, checkpoints)
             late = (done, metrics)
+            bar.update()
             last = done == schedule.steps
             log_now = last or done % schedule.log_every == 0
             validate_now = last or done % schedule.validate_every == 0

@@ -92,16 +92,11 @@ def without_fsdp(spec: jax.P) -> jax.P:
     return jax.P(*(None if axis == FSDP else axis for axis in spec))
 
 
-def kv_head_spec(heads: int) -> tuple[jax.P, jax.P]:
-    """Specs of a (D, G, K) weight and of (B, M, G, K) keys for the current mesh."""
+def kv_head_spec(heads: int) -> jax.P:
+    """Spec of a (D, G, K) weight for the current mesh."""
     if heads % jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1):
-        return W_DGK_WHOLE, jax.P(ROWS, None, None, None)
-    return W_DHK, ACT_BLHK
-
-
-def cache_spec(kv_spec: jax.P) -> jax.P:
-    """Spec of the stacked cache [S, B, M, G, K] from that of one layer's keys."""
-    return jax.P(None, *kv_spec)
+        return W_DGK_WHOLE
+    return W_DHK
 
 
 def check_divides(what: str, size: int, axes: Sequence[str] = (TENSOR,)) -> None:

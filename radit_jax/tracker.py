@@ -295,7 +295,7 @@ class Progress(Generic[T]):
     def __init__(self, items: Iterable[T], what: str, unit: str, total: int | None):
         self._items = items
         self._what, self._unit, self._total = what, unit, total
-        self._done = 0
+        self._done = self._skipped = 0
         self._started = self._logged = time.monotonic()
         self._closed = False
         self._bar: Any = None
@@ -303,6 +303,20 @@ class Progress(Generic[T]):
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=what, unit=f" {unit}", unit_scale=False)
+            logging.get_absl_handler().addFilter(self._make_way)
+
+    def _make_way(self, record: Any) -> bool:
+        """Takes the bar off the line that a log message is about to be written on."""
+        self._bar.clear()
+        return True
+
+    def skip(self, n: int) -> None:
+        """Say that n units were done by an earlier run; they do not count as speed."""
+        self._done += n
+        self._skipped += n
+        if self._bar is not None:
+            self._bar.initial += n
+            self._bar.update(n)
 
     def update(self, n: int = 1) -> None:
         """Say that n more units are done."""
@@ -321,6 +335,7 @@ class Progress(Generic[T]):
             return
         self._closed = True
         if self._bar is not None:
+            logging.get_absl_handler().removeFilter(self._make_way)
             self._bar.close()
         else:
             logging.info("%s", self._line(time.monotonic(), at_end=True))
@@ -329,7 +344,7 @@ class Progress(Generic[T]):
         seconds = now - self._started
         of = "" if self._total is None else f"/{self._total}"
         line = f"{self._what}: {self._done}{of} {self._unit}"
-        rate = self._done / seconds if seconds > 0 else 0.0
+        rate = (self._done - self._skipped) / seconds if seconds > 0 else 0.0
         if rate:
             line += f", {rate:.0f}/s" if rate >= 10 else f", {rate:.2g}/s"
         if at_end:

@@ -132,6 +132,7 @@ hidden = jax.jit(
     Llama.hidden, static_argnames=("dtype", "remat"), compiler_options=FAST
 )
 extend = jax.jit(Llama.extend, compiler_options=FAST)
+prefill = jax.jit(Llama.prefill, static_argnames="length", compiler_options=FAST)
 
 
 @jax.jit
@@ -366,9 +367,9 @@ def test_cached_equals_uncached(model, side):
     live_BL = (positions_BL >= 0) & (positions_BL < length_B)
     positions_BL = np.where(live_BL, positions_BL, 0).astype(np.int32)
     prompts_BL = np.take_along_axis(tokens_BL, positions_BL, 1)
-    cache = model.empty_cache(2, prompt + new + 2, jnp.float32)
     layout = on_mesh(Layout(live_BL.astype(np.int32), positions_BL))
-    found, cache = extend(model, sharding.put_rows(prompts_BL), layout, cache, 0)
+    put = sharding.put_rows
+    found, cache = prefill(model, put(prompts_BL), layout, prompt + new + 2)
     for row, n in enumerate(lengths):
         close(found[row][live_BL[row]], expected[row][:n], 1e-5)
     for step in range(new):
@@ -387,9 +388,14 @@ def test_long_rows_equal_the_same_row_read_into_a_cache(model):
     segments_BL = np.where(np.arange(length) < 50, 1, 2)[None].astype(np.int32)
     positions_BL = np.arange(length)[None] - np.where(segments_BL == 1, 0, 50)
     layout = on_mesh(Layout(segments_BL, positions_BL.astype(np.int32)))
-    cache = model.empty_cache(1, length, jnp.float32)
-    expected, _ = extend(model, tokens_BL, layout, cache, 0)
-    close(hidden(model, tokens_BL, layout), expected, 1e-5)
+    start, end = (
+        on_mesh(Layout(*(x[:, part] for x in layout)))
+        for part in (slice(0, 70), slice(70, length))
+    )
+    first, cache = prefill(model, tokens_BL[:, :70], start, length)
+    second, _ = extend(model, tokens_BL[:, 70:], end, cache, 70)
+    found = hidden(model, tokens_BL, layout)
+    close(found, jnp.concatenate([first, second], axis=1), 1e-5)
 
 
 # --- training, and meshes -------------------------------------------------------
@@ -451,9 +457,14 @@ def test_cached_reading_is_the_same_on_every_mesh(reference, sizes):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
         model = ours(reference)
         layout = on_mesh(whole(tokens_BL))
-        cache = model.empty_cache(8, 6, jnp.float32)
-        found, _ = extend(model, sharding.put_rows(tokens_BL), layout, cache, 0)
-        found = np.asarray(found)
+        start, end = (
+            on_mesh(Layout(*(x[:, part] for x in layout)))
+            for part in (slice(0, 4), slice(4, 6))
+        )
+        put = sharding.put_rows
+        first, cache = prefill(model, put(tokens_BL[:, :4]), start, 7)
+        second, _ = extend(model, put(tokens_BL[:, 4:]), end, cache, 4)
+        found = np.concatenate([first, second], axis=1)
     close(found, hidden(ours(reference), tokens_BL, whole(tokens_BL)), 1e-5)
 
 
@@ -500,21 +511,3 @@ def test_sizes_that_do_not_divide_are_told(change, words):
         pytest.raises(ValueError, match=r"LM width = 36 .*fsdp = 8; .* is 6"),
     ):
         Llama(config, jax.random.key(0))
-
-
-def test_blocks_of_a_long_row_leave_nothing_out():
-    """Rows of several blocks: skipping keys behind a block changes nothing."""
-    length = 2 * attending.BLOCK
-    keys = jax.random.split(jax.random.key(0), 3)
-    q_BLHK, k_BMGK, v_BMGK = (
-        jax.random.normal(key, (2, length, heads, 4))
-        for key, heads in zip(keys, (4, 2, 2), strict=True)
-    )
-    columns = jnp.arange(length)
-    ids_BL = jnp.stack([1 + columns // 100, 1 + columns // 200]).astype(jnp.int32)
-    layout = Layout(ids_BL, jnp.stack([columns % 100, columns % 200]))
-    with jax.set_mesh(sharding.make_mesh(1, 1, 1)):
-        mask_BLM = attending.attention_mask(layout, layout, causal=True)
-        whole = attending.attention(q_BLHK, k_BMGK, v_BMGK, mask_BLM)
-        blocks = attending.attention(q_BLHK, k_BMGK, v_BMGK, mask_BLM, in_order=True)
-    np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """Instances, mixture, packing: nothing lost, nothing split, exact when resumed."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -9,6 +10,7 @@ from radit_jax.batch import Example, Packed, Passage
 from radit_jax.data.pipeline import (
     Dataset,
     Mixture,
+    context_roles,
     instances,
     mixture_weights,
     padding_share,
@@ -37,16 +39,14 @@ class Corpus:
         return Passage(id, f"d{id}", f"T{id}", "", "x" * (id % 7))
 
 
-def dataset(name, size, k=3, context=False):
+def dataset(name, size, k=3, context="none"):
     """Example i of ``a`` asks ``a5?``, is answered ``<a5>`` and reads i, i+1, ..."""
     examples = [
-        Example(
-            f"{name}{i}", f"{name}{i}?", (f"<{name}{i}>", "other"), f"C{i}" * context
-        )
+        Example(f"{name}{i}", f"{name}{i}?", (f"<{name}{i}>", "other"), f"C{i}")
         for i in range(size)
     ]
     ids = (np.arange(size)[:, None] + np.arange(k)[None]) % len(Corpus())
-    return Dataset(name, examples, ids)
+    return Dataset(name, examples, ids, context)
 
 
 SMALL = Mixture(
@@ -60,34 +60,59 @@ SMALL = Mixture(
 
 
 def test_every_example_is_paired_with_each_of_its_top_passages():
-    assert instances(dataset("a", 2), 2, "none").tolist() == [
-        [0, 0],
-        [0, 1],
-        [1, 1],
-        [1, 2],
-    ]
+    assert instances(dataset("a", 2), 2).tolist() == [[0, 0], [0, 1], [1, 1], [1, 2]]
 
 
 def test_a_given_context_is_read_alone_or_besides():
-    given = dataset("a", 2, context=True)
-    assert instances(given, 2, "only").tolist() == [[0, -1], [1, -1]]
-    assert instances(given, 1, "add").tolist() == [[0, -1], [0, 0], [1, -1], [1, 1]]
-    assert instances(given, 1, "none").tolist() == [[0, 0], [1, 1]]
+    assert instances(dataset("a", 2, context="only"), 2).tolist() == [[0, -1], [1, -1]]
+    both = [[0, -1], [0, 0], [1, -1], [1, 1]]
+    assert instances(dataset("a", 2, context="add"), 1).tolist() == both
+    assert instances(dataset("a", 2), 1).tolist() == [[0, 0], [1, 1]]
 
 
 def test_passages_that_a_small_corpus_lacks_are_no_instances():
     few = dataset("a", 2)._replace(passage_ids=np.asarray([[5, -1, -1], [-1, -1, -1]]))
-    assert instances(few, 3, "none").tolist() == [[0, 5]]
+    assert instances(few, 3).tolist() == [[0, 5]]
     none = few._replace(passage_ids=np.full((2, 3), -1))
     with pytest.raises(ValueError, match="dataset a yields no training instance"):
-        instances(none, 3, "none")
+        instances(none, 3)
 
 
-def test_bad_contexts_are_refused():
-    with pytest.raises(ValueError, match=r"data.context = 'sometimes' is not one of"):
-        instances(dataset("a", 2), 2, "sometimes")
+def test_an_example_without_the_context_it_needs_is_named():
+    bare = dataset("a", 2, context="only")
+    examples = [example._replace(context="") for example in bare.examples]
     with pytest.raises(ValueError, match="dataset a: example a0 has no `context`"):
-        instances(dataset("a", 2), 2, "only")
+        instances(bare._replace(examples=examples), 2)
+
+
+def test_every_dataset_has_its_own_role_for_contexts():
+    names = ["nq", "squad", "cnn"]
+    assert context_roles("none", names) == dict.fromkeys(names, "none")
+    assert context_roles("squad=add,cnn = only", names) == {
+        "nq": "none",
+        "squad": "add",
+        "cnn": "only",
+    }
+    assert context_roles("add, nq=none", names) == {
+        "nq": "none",
+        "squad": "add",
+        "cnn": "add",
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("sometimes", "'sometimes' is not one of none, only, add"),
+        ("squad=", "'' is not one of"),
+        ("sqaud=add", "there is no dataset 'sqaud'; did you mean squad?"),
+        ("none, add", "two roles for all"),
+    ],
+)
+def test_bad_roles_are_refused(setting, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        context_roles(setting, ["nq", "squad"])
+    assert f"lm_ft.context = {setting!r}" in str(error.value)
 
 
 def test_mixture_weights_are_sizes_with_a_cap():
@@ -294,8 +319,8 @@ def test_seeds_change_the_order():
 def test_validation_has_every_example_once_with_its_top_passage():
     examples = dataset("a", 11)
     examples.passage_ids[3] = -1
-    found = list(validation_batches(examples, Corpus(), Letters(), SMALL, rows=2))
-    again = list(validation_batches(examples, Corpus(), Letters(), SMALL, rows=2))
+    found = list(validation_batches([examples], Corpus(), Letters(), SMALL, rows=2))
+    again = list(validation_batches([examples], Corpus(), Letters(), SMALL, rows=2))
     for ours, theirs in zip(found, again, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -307,6 +332,13 @@ def test_validation_has_every_example_once_with_its_top_passage():
     )
     assert bodies == expected
     assert {batch.tokens_BL.shape for batch in found} == {(2, 128)}
+
+
+def test_validation_reads_the_context_that_training_reads():
+    given = dataset("a", 3, context="add")
+    found = validation_batches([given], Corpus(), Letters(), SMALL, rows=2)
+    bodies = sorted(body for batch in found for body, _ in segments(batch))
+    assert bodies == [f"Background: C{i}\n\nQ: a{i}?\nA: <a{i}>" for i in range(3)]
 
 
 def test_more_bins_mean_less_padding():

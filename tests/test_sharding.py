@@ -71,8 +71,8 @@ def test_rows_are_spread_over_both_data_axes():
 
 def test_key_value_heads_that_do_not_divide_are_kept_whole():
     with jax.set_mesh(sharding.make_mesh(1, 2, 4)):
-        whole, _ = sharding.kv_head_spec(2)
-        split, _ = sharding.kv_head_spec(4)
+        whole = sharding.kv_head_spec(2)
+        split = sharding.kv_head_spec(4)
     assert whole == jax.P("fsdp", None, None)
     assert split == jax.P("fsdp", "tensor", None)
     assert sharding.without_fsdp(split) == jax.P(None, "tensor", None)

@@ -1,4 +1,5 @@
 import json
+import logging
 import math
 import os
 import subprocess
@@ -7,7 +8,7 @@ import types
 
 import numpy as np
 import pytest
-from absl import logging
+from absl import logging as absl_logging
 
 from radit_jax import tracker
 from radit_jax.tracker import Tracker, plot_curves, progress
@@ -16,7 +17,7 @@ from radit_jax.tracker import Tracker, plot_curves, progress
 @pytest.fixture
 def said(caplog):
     """The log lines, at the level a user sees."""
-    caplog.set_level("INFO", logger=logging.get_absl_logger().name)
+    caplog.set_level("INFO", logger=absl_logging.get_absl_logger().name)
     return lambda: [record.getMessage() for record in caplog.records]
 
 
@@ -319,6 +320,30 @@ def test_progress_that_fails_says_how_far_it_came(said, clock):
         fail(bar)
     bar.close()
     assert said() == ["embed: 2/5 batches, took 0:00"]
+
+
+def test_what_an_earlier_run_did_is_no_speed(said, clock):
+    with progress(100, "training", "steps") as bar:
+        bar.skip(40)
+        for _ in range(4):
+            clock.seconds += 5
+            bar.update(10)
+    assert said() == [
+        "training: 70/100 steps, 2/s, 0:15 left",
+        "training: 80/100 steps, 2/s, took 0:20",
+    ]
+
+
+def test_log_lines_do_not_run_into_the_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    record = logging.LogRecord("absl", logging.INFO, "", 0, "step 3", None, None)
+    handler = absl_logging.get_absl_handler()
+    with progress(40, "training", "steps") as bar:
+        bar.update(3)
+        handler.filter(record)
+        assert capsys.readouterr().err.endswith("\r")
+    handler.filter(record)
+    assert not capsys.readouterr().err.endswith("\r")
 
 
 def test_progress_on_a_terminal_is_a_bar(said, monkeypatch, capsys):

@@ -4,6 +4,7 @@ numpy only: a data worker must never start a jax backend. The position in the da
 is Grain's own iterator state, saved with every checkpoint.
 """
 
+import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -30,13 +31,13 @@ class Dataset(NamedTuple):
     name: str
     examples: Sequence[Example]
     passage_ids: np.ndarray  # int64 [examples, k], best first; -1: none
+    context: str = "none"  # what a given context is for; see instances()
 
 
 class Mixture(NamedTuple):
     """How instances are made, mixed and packed."""
 
     passages_per_example: int = 3  # k~ (RA-DIT App. B)
-    context: str = "none"  # what a given context is for; see instances()
     dataset_cap: int = 7500  # eta: a dataset weighs as if it had at most this many
     plain_text_share: float = 0.1  # of instances; loss on all their tokens
     row_tokens: int = 2048  # L
@@ -48,7 +49,42 @@ class Mixture(NamedTuple):
     seed: int = 0
 
 
-def instances(dataset: Dataset, passages_per_example: int, context: str) -> np.ndarray:
+def context_roles(setting: str, datasets: Sequence[str]) -> dict[str, str]:
+    """What the given context of each dataset is for.
+
+    Args:
+        setting: ``ROLE`` for all, or ``NAME=ROLE`` for one of them, separated by
+            commas: ``none, squad=add, cnn_dailymail=only``.
+        datasets: names of the datasets.
+
+    Raises:
+        ValueError: an unknown role or dataset, or two roles for all.
+    """
+    default: str | None = None
+    named: dict[str, str] = {}
+    for part in setting.split(","):
+        name, equals, role = (piece.strip() for piece in part.rpartition("="))
+        if role not in CONTEXT_ROLES:
+            raise ValueError(
+                f"lm_ft.context = {setting!r}: {role!r} is not one of "
+                f"{', '.join(CONTEXT_ROLES)}"
+            )
+        if equals and name not in datasets:
+            near = difflib.get_close_matches(name, datasets, 1, 0.0)
+            raise ValueError(
+                f"lm_ft.context = {setting!r}: there is no dataset {name!r}; did you "
+                f"mean {near[0] if near else 'none'}? There are {', '.join(datasets)}"
+            )
+        if not equals:
+            if default is not None:
+                raise ValueError(f"lm_ft.context = {setting!r}: two roles for all")
+            default = role
+        else:
+            named[name] = role
+    return {name: named.get(name, default or "none") for name in datasets}
+
+
+def instances(dataset: Dataset, passages_per_example: int) -> np.ndarray:
     """(example, passage id) of every training instance, int64 [instances, 2].
 
     Passage id -1 stands for the example's own context. RA-DIT footnote 4: ``none``
@@ -59,18 +95,16 @@ def instances(dataset: Dataset, passages_per_example: int, context: str) -> np.n
     Raises:
         ValueError: no instance comes out, or an example lacks the context it needs.
     """
-    if context not in CONTEXT_ROLES:
-        raise ValueError(f"data.context = {context!r} is not one of {CONTEXT_ROLES}")
     pairs = []
     for i, example in enumerate(dataset.examples):
-        if context != "none":
+        if dataset.context != "none":
             if not example.context:
                 raise ValueError(
                     f"dataset {dataset.name}: example {example.id} has no `context`, "
-                    f"which data.context = {context!r} needs"
+                    f"which lm_ft.context = {dataset.context!r} needs"
                 )
             pairs.append((i, -1))
-        if context != "only":
+        if dataset.context != "only":
             ids = dataset.passage_ids[i, :passages_per_example]
             pairs += [(i, int(id)) for id in ids if id >= 0]
     if not pairs:
@@ -229,7 +263,7 @@ def training_batches(
         )
     sources = []
     for i, dataset in enumerate(datasets):
-        pairs = instances(dataset, mixture.passages_per_example, mixture.context)
+        pairs = instances(dataset, mixture.passages_per_example)
         renderer = _Renderer(dataset, passages, tokenizer, mixture)
         sources.append(
             grain.MapDataset.source(pairs)
@@ -258,32 +292,36 @@ def training_batches(
 
 
 def validation_batches(
-    dataset: Dataset,
+    datasets: Sequence[Dataset],
     passages: Passages,
     tokenizer: prompts.Tokenizer,
     mixture: Mixture,
     rows: int,
 ) -> Iterator[Packed]:
-    """Every example once with its top passage, packed; the last batch is padded.
+    """Every example once, with its top passage or, where training reads it, its own
+    context; packed, the last batch padded.
 
     Markers are the evaluation's, so the batches are the same each time.
     """
     source = []
-    for i, example in enumerate(dataset.examples):
-        id = int(dataset.passage_ids[i, 0])
-        prompt = prompts.render(
-            tokenizer,
-            example.question,
-            mixture.row_tokens,
-            passage=passages[id].display if id >= 0 else "",
-            answer=example.answers[0],
-            bos=mixture.bos,
-        )
-        source.append(
-            features(
-                prompt.tokens, prompt.answer_start, mixture.row_targets, example.id
+    for dataset in datasets:
+        for i, example in enumerate(dataset.examples):
+            passage, id = example.context, int(dataset.passage_ids[i, 0])
+            if dataset.context == "none":
+                passage = passages[id].display if id >= 0 else ""
+            prompt = prompts.render(
+                tokenizer,
+                example.question,
+                mixture.row_tokens,
+                passage=passage,
+                answer=example.answers[0],
+                bos=mixture.bos,
             )
-        )
+            source.append(
+                features(
+                    prompt.tokens, prompt.answer_start, mixture.row_targets, example.id
+                )
+            )
     return pack_all(source, mixture, rows)
 
 

@@ -101,8 +101,7 @@ def prefill(
         jnp.int32, (B, L), 1, out_sharding=sharding.ROWS_BL
     )
     layout = Layout((columns_BL < lengths_B[:, None]).astype(jnp.int32), columns_BL)
-    cache = model.empty_cache(B, L + max_new_tokens, dtype)
-    hidden_BLD, cache = model.extend(tokens_BL, layout, cache, 0)
+    hidden_BLD, cache = model.prefill(tokens_BL, layout, L + max_new_tokens, dtype)
     last_BLD = pick(hidden_BLD, jnp.maximum(lengths_B - 1, 0)[:, None])
     empty = functools.partial(jnp.zeros, (B, max_new_tokens))
     return Decoding(
@@ -154,7 +153,7 @@ def decode(
             1,
         )
         layout = Layout(live_B.astype(jnp.int32)[:, None], state.positions_B[:, None])
-        slot = state.cache.keys_SBMGK.shape[2] - state.tokens_BL.shape[1] + state.step
+        slot = state.cache.keys_SBGMK.shape[3] - state.tokens_BL.shape[1] + state.step
         hidden_BLD, cache = model.extend(chosen_B[:, None], layout, state.cache, slot)
         return Decoding(
             cache=cache,

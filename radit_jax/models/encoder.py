@@ -15,7 +15,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from radit_jax import sharding
-from radit_jax.models.attention import Layout, attention, attention_mask
+from radit_jax.models.attention import (
+    Layout,
+    attention,
+    attention_mask,
+    heads_first,
+)
 from radit_jax.models.layers import constant, layer_norm, linear, pick, use, weight
 
 POOLINGS = ("cls", "mean")
@@ -75,8 +80,8 @@ class EncoderBlock(nnx.Module):
 
         mixed_BLHK = attention(
             project(self.w_q, self.b_q),
-            project(self.w_k, self.b_k),
-            project(self.w_v, self.b_v),
+            heads_first(project(self.w_k, self.b_k)),
+            heads_first(project(self.w_v, self.b_v)),
             mask_BLM,
         )
         x_BLD = x_BLD + self.b_o[...].astype(dtype)[None, None]

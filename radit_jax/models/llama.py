@@ -15,7 +15,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from radit_jax import sharding
-from radit_jax.models.attention import Layout, attention, attention_mask
+from radit_jax.models.attention import (
+    SAVED,
+    Layout,
+    attention,
+    attention_mask,
+    heads_first,
+)
 from radit_jax.models.layers import (
     Rope,
     constant,
@@ -29,7 +35,10 @@ from radit_jax.models.layers import (
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -54,8 +63,8 @@ class LlamaConfig:
 class Cache(NamedTuple):
     """Keys and values of the tokens read so far, and where they stand."""
 
-    keys_SBMGK: Float[Array, "S B M G K"]
-    values_SBMGK: Float[Array, "S B M G K"]
+    keys_SBGMK: Float[Array, "S B G M K"]
+    values_SBGMK: Float[Array, "S B G M K"]
     layout: Layout  # [B, M]; segment id 0 where nothing is written
 
 
@@ -71,7 +80,7 @@ class Block(nnx.Module):
             config.head_size,
             config.mlp_width,
         )
-        kv_spec, _ = sharding.kv_head_spec(G)
+        kv_spec = sharding.kv_head_spec(G)
         self.attention_norm = constant(1.0, (D,), sharding.W_D)
         self.w_q = weight(keys[0], (D, H, K), sharding.W_DHK, D**-0.5)
         self.w_k = weight(keys[1], (D, G, K), kv_spec, D**-0.5)
@@ -82,14 +91,16 @@ class Block(nnx.Module):
         self.w_up = weight(keys[5], (D, F), sharding.W_DF, D**-0.5)
         self.w_down = weight(keys[6], (F, D), sharding.W_FD, F**-0.5)
 
-    def project_qkv(self, x_BLD: Array, tables: tuple[Array, Array], eps: float):
-        """Rotated queries and keys, and values, of a layer's input."""
+    def project_qkv(
+        self, x_BLD: Array, tables: tuple[Array, Array], eps: float
+    ) -> tuple[Array, Array, Array]:
+        """Rotated queries [B, L, H, K] and keys [B, G, L, K], and values like keys."""
         h = rms_norm(x_BLD, self.attention_norm[...], eps)
         with jax.named_scope("qkv"):
             q = linear(h, use(self.w_q, h.dtype))
             k = linear(h, use(self.w_k, h.dtype))
             v = linear(h, use(self.w_v, h.dtype))
-        return rotate(q, tables), rotate(k, tables), v
+        return rotate(q, tables), heads_first(rotate(k, tables)), heads_first(v)
 
     def finish(self, x_BLD: Array, mixed_BLHK: Array, eps: float) -> Array:
         """Output projection, residual and MLP."""
@@ -149,21 +160,33 @@ class Llama(nnx.Module):
             remat: ``none`` keeps all activations, ``dots`` keeps the outputs of matrix
                 products, ``full`` keeps the layer inputs only.
         """
+        return self._read(tokens_BL, layout, dtype, remat, keep=False)[0]
+
+    def _read(
+        self,
+        tokens_BL: Array,
+        layout: Layout,
+        dtype: DTypeLike,
+        remat: str,
+        keep: bool,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Hidden states, and each layer's keys and values [S, B, G, L, K] if kept."""
         config = self.config
         mask_BLM = attention_mask(layout, layout, causal=True)
         tables = rope_tables(
             config.rope, config.head_size, layout.positions_BL, tokens_BL.shape[1]
         )
 
-        def step(x_BLD: Array, block: Block) -> tuple[Array, None]:
+        def step(x_BLD: Array, block: Block):
             q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
             mixed = attention(q, k, v, mask_BLM, in_order=True)
-            return block.finish(x_BLD, mixed, config.norm_eps), None
+            x_BLD = block.finish(x_BLD, mixed, config.norm_eps)
+            return x_BLD, (k, v) if keep else None
 
         if remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[remat])
-        x_BLD, _ = jax.lax.scan(step, self.embed(tokens_BL, dtype), self.layers)
-        return rms_norm(x_BLD, self.final_norm[...], config.norm_eps)
+        x_BLD, kept = jax.lax.scan(step, self.embed(tokens_BL, dtype), self.layers)
+        return rms_norm(x_BLD, self.final_norm[...], config.norm_eps), kept
 
     def head_weight(self, dtype: DTypeLike) -> Float[Array, "V D"]:
         """The output head; the embedding itself when they are tied."""
@@ -179,15 +202,27 @@ class Llama(nnx.Module):
             out_sharding=sharding.LOGITS_BLV,
         )
 
-    def empty_cache(self, rows: int, length: int, dtype: DTypeLike) -> Cache:
-        """A cache of ``length`` slots per row with nothing written."""
-        config = self.config
-        shape = (config.layers, rows, length, config.kv_heads, config.head_size)
-        _, kv_spec = sharding.kv_head_spec(config.kv_heads)
-        spec = sharding.cache_spec(kv_spec)
-        zeros = jnp.zeros(shape, dtype, out_sharding=spec)
-        none = jnp.zeros((rows, length), jnp.int32, out_sharding=sharding.ROWS_BL)
-        return Cache(zeros, zeros, Layout(none, none))
+    def prefill(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        layout: Layout,
+        length: int,
+        dtype: DTypeLike = jnp.float32,
+    ) -> tuple[Float[Array, "B L D"], Cache]:
+        """Read whole prompts, padded on either side.
+
+        Returns:
+            Hidden states as ``hidden`` gives them, and a cache of ``length`` slots per
+            row, of which the first L are written.
+        """
+        hidden_BLD, kept = self._read(tokens_BL, layout, dtype, "none", keep=True)
+        assert kept is not None
+        more = length - tokens_BL.shape[1]
+        keys, values = (
+            jnp.pad(x_SBGLK, ((0, 0),) * 3 + ((0, more), (0, 0))) for x_SBGLK in kept
+        )
+        slots = Layout(*(jnp.pad(x_BL, ((0, 0), (0, more))) for x_BL in layout))
+        return hidden_BLD, Cache(keys, values, slots)
 
     def extend(
         self,
@@ -198,9 +233,9 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], Cache]:
         """Read tokens into slots ``start ... start + L - 1`` of the cache.
 
-        Prefill is a call with the whole (padded) prompts at slot 0, a decoding step a
-        call with one token per row. Slots are shared by all rows, positions are each
-        row's own, so prompts of different lengths may be padded on either side.
+        A decoding step is a call with one token per row. Slots are shared by all rows,
+        positions are each row's own, so what was read before may be padded on either
+        side.
 
         Returns:
             Final hidden states of the tokens, and the cache with them written.
@@ -216,23 +251,32 @@ class Llama(nnx.Module):
             config.rope,
             config.head_size,
             layout.positions_BL,
-            cache.keys_SBMGK.shape[2],
+            cache.keys_SBGMK.shape[3],
         )
 
-        def step(x_BLD: Array, layer: tuple[Block, Array, Array]):
-            block, keys_BMGK, values_BMGK = layer
+        def step(carry: tuple[Array, Array, Array], layer: tuple[Block, Array]):
+            # The cache is carried, not scanned over: so it is written in place, where
+            # a scan would copy all of it for every token.
+            x_BLD, keys_SBGMK, values_SBGMK = carry
+            block, i = layer
             q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
-            keys_BMGK = write(keys_BMGK, k, start, 1)
-            values_BMGK = write(values_BMGK, v, start, 1)
-            mixed = attention(q, keys_BMGK, values_BMGK, mask_BLM)
-            return block.finish(x_BLD, mixed, config.norm_eps), (
-                keys_BMGK,
-                values_BMGK,
+            at = (i, 0, 0, start, 0)
+            keys_SBGMK = jax.lax.dynamic_update_slice(keys_SBGMK, k[None], at)
+            values_SBGMK = jax.lax.dynamic_update_slice(values_SBGMK, v[None], at)
+            mixed = attention(
+                q,
+                jax.lax.dynamic_index_in_dim(keys_SBGMK, i, keepdims=False),
+                jax.lax.dynamic_index_in_dim(values_SBGMK, i, keepdims=False),
+                mask_BLM,
             )
+            x_BLD = block.finish(x_BLD, mixed, config.norm_eps)
+            return (x_BLD, keys_SBGMK, values_SBGMK), None
 
-        x_BLD = self.embed(tokens_BL, cache.keys_SBMGK.dtype)
-        x_BLD, (keys, values) = jax.lax.scan(
-            step, x_BLD, (self.layers, cache.keys_SBMGK, cache.values_SBMGK)
+        x_BLD = self.embed(tokens_BL, cache.keys_SBGMK.dtype)
+        (x_BLD, keys, values), _ = jax.lax.scan(
+            step,
+            (x_BLD, cache.keys_SBGMK, cache.values_SBGMK),
+            (self.layers, jnp.arange(config.layers)),
         )
         hidden_BLD = rms_norm(x_BLD, self.final_norm[...], config.norm_eps)
         return hidden_BLD, Cache(keys, values, keys_layout)

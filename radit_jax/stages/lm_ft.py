@@ -34,7 +34,7 @@ from radit_jax.models.huggingface import (
 from radit_jax.models.layers import pick
 from radit_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
 from radit_jax.stages import hardware
-from radit_jax.stages.retrieve import concatenated, read_retrieved
+from radit_jax.stages.retrieve import read_retrieved
 from radit_jax.stages.stage import Stage, compute_dtype, lm_folder, section, settings_of
 from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
 
@@ -146,6 +146,22 @@ def flops_per_token(config: LlamaConfig, row_tokens: float, targets: float) -> f
     return 6.0 * (config.layers * (layer + attention) + head)
 
 
+def sample(
+    datasets: list[pipeline.Dataset], count: int, seed: int
+) -> list[pipeline.Dataset]:
+    """A fixed random choice of ``count`` examples of all datasets together."""
+    sizes = [len(dataset.examples) for dataset in datasets]
+    chosen = np.sort(np.random.default_rng(seed).permutation(sum(sizes))[:count])
+    found = []
+    for dataset, end in zip(datasets, np.cumsum(sizes), strict=True):
+        start = end - len(dataset.examples)
+        places = chosen[(chosen >= start) & (chosen < end)] - start
+        examples = [dataset.examples[i] for i in places]
+        ids = dataset.passage_ids[places]
+        found.append(dataset._replace(examples=examples, passage_ids=ids))
+    return found
+
+
 def prepare_data(
     config: ConfigDict, tokenizer: Tokenizer
 ) -> tuple[grain.DatasetIterator, list[Packed]]:
@@ -160,24 +176,31 @@ def prepare_data(
             f"{mixture.rows / mixture.micro_batches:g} rows do not divide over the "
             f"{shards} devices of mesh axes data x fsdp"
         )
-    datasets = [
-        pipeline.Dataset(name, examples, found.ids)
-        for name, (examples, found) in read_retrieved(workdir, "train").items()
-    ]
+    splits = {name: read_retrieved(workdir, name) for name in ("train", "dev")}
+    names = list(dict.fromkeys(name for split in splits.values() for name in split))
+    roles = pipeline.context_roles(config.lm_ft.context, names)
+    datasets = {
+        split: [
+            pipeline.Dataset(name, examples, found.ids, roles[name])
+            for name, (examples, found) in parts.items()
+        ]
+        for split, parts in splits.items()
+    }
     batches = pipeline.training_batches(
-        datasets,
+        datasets["train"],
         passages,
         tokenizer,
         mixture,
         jax.process_index(),
         jax.process_count(),
     )
-    examples, found = concatenated(read_retrieved(workdir, "dev"))
-    order = np.random.default_rng(config.seed).permutation(len(examples))
-    order = np.sort(order[: config.lm_ft.validation_examples])
-    dev = pipeline.Dataset("dev", [examples[i] for i in order], found.ids[order])
-    rows = mixture.rows // mixture.micro_batches
-    fixed = pipeline.validation_batches(dev, passages, tokenizer, mixture, rows)
+    fixed = pipeline.validation_batches(
+        sample(datasets["dev"], config.lm_ft.validation_examples, config.seed),
+        passages,
+        tokenizer,
+        mixture,
+        mixture.rows // mixture.micro_batches,
+    )
     return batches, list(fixed)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,16 +148,6 @@ def read_retrieved(
 
 def _example(row: dict[str, Any]) -> Example:
     return Example(**{**row, "answers": tuple(row["answers"])})
-
-
-def concatenated(
-    datasets: Mapping[str, tuple[Sequence[Example], Retrieved]],
-) -> tuple[list[Example], Retrieved]:
-    """All datasets of a split one after the other."""
-    examples = [example for part, _ in datasets.values() for example in part]
-    ids = np.concatenate([found.ids for _, found in datasets.values()])
-    scores = np.concatenate([found.scores for _, found in datasets.values()])
-    return examples, Retrieved(ids, scores)
 
 
 STAGE = Stage(
