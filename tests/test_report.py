@@ -209,14 +209,31 @@ def test_text_table_is_aligned():
         Row("LM", "nq", "em", 0.5, 3610, 0.484, 0.516),
         Row("LM", "nq", "mrr", 0.5, 3610, 0.4, 0.6),
     ]
-    assert report.text_table(rows).splitlines() == [
+    assert report.text_report(rows).splitlines() == [
         "dataset      n  system                    EM                 F1",
         "--------  ----  ------  --------------------  -----------------",
         "factbook    20  LM           5.0 [0.0, 10.0]  12.5 [10.0, 20.0]",
         "            20  LM-FT   100.0 [100.0, 100.0]                  -",
         "nq        3610  LM         50.0 [48.4, 51.6]                  -",
+        "",
+        "retrieval      nq (n = 3610)",
+        "---------  -----------------",
+        "LM MRR     50.0 [40.0, 60.0]",
     ]
-    assert report.text_table(rows[-1:]) == ""
+    assert report.text_report([]) == ""
+
+
+def test_text_report_shows_answers_side_by_side():
+    rows = report.answer_rows(all_generations(), seed=0)
+    shown = report.text_report(rows, all_generations(), examples=3).split("\n\n")
+    assert len(shown) == 1 + 3
+    question, closed, open_ = shown[1].splitlines()
+    assert question.startswith("What is the capital of country ")
+    assert question.endswith("?  (factbook; Paris / City of Light)")
+    # The first two are among those on which the systems differ.
+    assert closed == "  - closed book  Lyon"
+    assert open_ == "  + RA-DIT       Paris   [France: Cities]"
+    assert report.text_report(rows, all_generations(), examples=0).count("\n\n") == 0
 
 
 def test_doubles_and_impossible_values_are_refused(tmp_path):

@@ -291,30 +291,87 @@ def _name(metric: str) -> str:
     return _DISPLAY.get(metric, metric)
 
 
-def text_table(rows: Sequence[Row]) -> str:
-    """The answer metrics as a plain table with aligned columns, for the terminal.
+def text_report(
+    rows: Sequence[Row],
+    generations: Sequence[Generation] = (),
+    examples: int = 3,
+    seed: int = 0,
+) -> str:
+    """Tables of the answer and the retrieval metrics and a few answers side by side,
+    as plain text for the terminal.
 
     One line per dataset and system, so that it fits a terminal however many datasets
-    there are. Empty if no row has an answer metric.
+    there are; of retrieval one per metric.
     """
     cells = _long_cells(rows, _metrics(rows, retrieval=False))
-    if not cells:
-        return ""
-    shown = [cells[0]]
+    shown = cells[:1]
     for before, line in itertools.pairwise(cells):
         repeated = line[0] == before[0]
         shown.append([" " if repeated else line[0], *line[1:]])
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    right = [False, True, False] + [True] * (len(widths) - 3)
+    chosen = _choose(generations, examples, seed)
+    parts = [
+        _aligned(shown, right=1),
+        _aligned(_retrieval_lines(rows)),
+        *(_text_example(answered) for answered in chosen.questions),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _aligned(cells: Sequence[Sequence[str]], right: int | None = None) -> str:
+    """Columns of equal width, a rule under the header; numbers on the right.
+
+    Args:
+        cells: lines of cells, the header first.
+        right: the one column of names that is set on the right, if any.
+    """
+    if not cells:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [False, *(_numeric(column) for column in _tail(cells))]
     lines = [
         "  ".join(
-            cell.rjust(width) if rightmost else cell.ljust(width)
-            for cell, width, rightmost in zip(line, widths, right, strict=True)
+            cell.rjust(width) if is_number or at == right else cell.ljust(width)
+            for at, (cell, width, is_number) in enumerate(
+                zip(line, widths, numeric, strict=True)
+            )
         ).rstrip()
-        for line in shown
+        for line in cells
     ]
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _retrieval_lines(rows: Sequence[Row]) -> list[list[str]]:
+    """(system and metric) by datasets; empty without retrieval metrics."""
+    metrics = _metrics(rows, retrieval=True)
+    rows = [row for row in rows if row.metric in metrics]
+    if not rows:
+        return []
+    datasets = _unique(row.dataset for row in rows)
+    by_key = {(row.system, row.metric, row.dataset): row for row in rows}
+    sizes = [_n([row for row in rows if row.dataset == name]) for name in datasets]
+    header = [f"{d} (n = {n})" for d, n in zip(datasets, sizes, strict=True)]
+    return [["retrieval", *header]] + [
+        [f"{system} {_name(metric)}"]
+        + [_cell(by_key.get((system, metric, dataset))) for dataset in datasets]
+        for system in _unique(row.system for row in rows)
+        for metric in metrics
+    ]
+
+
+def _text_example(answered: Sequence[Generation]) -> str:
+    """A question, its answer and what every system said."""
+    first = answered[0]
+    lines = [f"{first.question}  ({first.dataset}; {' / '.join(first.answers[:2])})"]
+    width = max(len(g.system) for g in answered)
+    for g in answered:
+        said = textwrap.shorten(g.prediction, 60, placeholder=" …") or "(nothing)"
+        top = ""
+        if g.passages:
+            passage = g.passages[0]
+            top = f"   [{passage.title}: {passage.section}]"
+        lines.append(f"  {'+' if g.em else '-'} {g.system:{width}}  {said}{top}")
+    return "\n".join(lines)
 
 
 def _markdown(cells: Sequence[Sequence[str]]) -> str:
@@ -415,27 +472,46 @@ def _pairs_section(
     return f"{note}\n\n{_markdown(cells)}"
 
 
-def _examples_section(
-    generations: Sequence[Generation], examples: int, seed: int
-) -> str:
-    """Questions with every system's answer; drawn at random, not picked."""
+class _Choice(NamedTuple):
+    """Questions to show, each with every system's answer, and out of how many."""
+
+    questions: list[list[Generation]]
+    of_split: int  # systems differ in exact match
+    split: int
+    of_agreed: int
+    agreed: int
+
+
+def _choose(generations: Sequence[Generation], examples: int, seed: int) -> _Choice:
+    """Drawn at random, not picked: half of them where systems differ."""
     questions: dict[tuple[str, str], list[Generation]] = {}
     for g in generations:
         questions.setdefault((g.dataset, g.question_id), []).append(g)
-    if not questions or examples < 1:
-        return ""
     split = [k for k, v in questions.items() if len({g.em for g in v}) > 1]
     agreed = [k for k in questions if k not in set(split)]
     rng = random.Random(seed)
-    # Half from either; where one side is short the other fills up.
+    # Where one side is short the other fills up.
     of_split = min(len(split), max((examples + 1) // 2, examples - len(agreed)))
     of_agreed = min(len(agreed), examples - of_split)
-    chosen = rng.sample(split, of_split) + rng.sample(agreed, of_agreed)
-    note = (
-        f"Drawn at random (seed {seed}): {of_split} of the {len(split)} questions on "
-        f"which systems differ in exact match, {of_agreed} of the {len(agreed)} others."
+    keys = rng.sample(split, of_split) + rng.sample(agreed, of_agreed)
+    return _Choice(
+        [questions[key] for key in keys], of_split, len(split), of_agreed, len(agreed)
     )
-    return "\n\n".join([note, *(_example(questions[key]) for key in chosen)])
+
+
+def _examples_section(
+    generations: Sequence[Generation], examples: int, seed: int
+) -> str:
+    """Questions with every system's answer."""
+    if not generations or examples < 1:
+        return ""
+    chosen = _choose(generations, examples, seed)
+    note = (
+        f"Drawn at random (seed {seed}): {chosen.of_split} of the {chosen.split} "
+        f"questions on which systems differ in exact match, {chosen.of_agreed} of the "
+        f"{chosen.agreed} others."
+    )
+    return "\n\n".join([note, *map(_example, chosen.questions)])
 
 
 def _example(answered: Sequence[Generation]) -> str:

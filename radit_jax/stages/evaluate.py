@@ -23,7 +23,7 @@ from radit_jax.evaluation.report import (
     SourcePassage,
     answer_rows,
     measure,
-    text_table,
+    text_report,
     write_report,
 )
 from radit_jax.inference.ensemble import passage_weights, vote
@@ -343,22 +343,14 @@ def _load(file: Path) -> list[Generation]:
     return found
 
 
-def summary(workdir: Path) -> str:
-    """The tables of a finished report as text for a terminal."""
-    rows = json.loads((workdir / "report" / "results.json").read_text())
-    return text_table(
-        [
-            Row(
-                **{
-                    key: row[key]
-                    for key in ("system", "dataset", "metric", "value", "n")
-                },
-                lo=row["ci95"][0],
-                hi=row["ci95"][1],
-            )
-            for row in rows
-        ]
-    )
+def summary(workdir: Path, examples: int = 3) -> str:
+    """A finished report as text for a terminal: tables, and a few answers."""
+    report = workdir / "report"
+    rows = []
+    for row in json.loads((report / "results.json").read_text()):
+        lo, hi = row.pop("ci95")
+        rows.append(Row(**row, lo=lo, hi=hi))
+    return text_report(rows, _load(report / "generations.jsonl"), examples)
 
 
 STAGE = Stage(
