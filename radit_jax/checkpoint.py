@@ -7,6 +7,7 @@ process killed at any moment leaves only complete checkpoints behind.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -200,6 +201,24 @@ class Checkpoints:
         """Finish writing and release the checkpointer."""
         self.wait()
         self._checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Finish writing even where the block fails: what was begun is not lost."""
+        try:
+            self.close()
+        except CheckpointError as second:
+            if error is None:
+                raise
+            # The first error is the one to tell; often it is this very one.
+            log.warning("%s", second)
 
 
 def _is_arrays(target: Any) -> bool:

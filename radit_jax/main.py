@@ -6,6 +6,7 @@ import os
 # should not show libtpu's notes about missing cloud metadata.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
+import ast
 import difflib
 import functools
 import logging
@@ -120,9 +121,13 @@ def parse_flags(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        text = str(error)
+        if text[:1] == text[-1:] and text[:1] in ("'", '"'):
+            # What was a KeyError shows its message as Python would quote it.
+            text = str(ast.literal_eval(text))
         # ml_collections folds the traceback of what a recipe raised into its message.
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        message = lines[-1] if "Traceback" in str(error) else " ".join(lines)
+        lines = [line for line in text.splitlines() if line.strip()]
+        message = lines[-1] if "Traceback" in text else " ".join(lines)
         sys.exit(f"error: {message.removeprefix('ValueError: ')}")
 
 

@@ -29,7 +29,7 @@ MIDDLE = {
 ALLOWED = {
     "main": {"stages", "loop"},
     "stages": MIDDLE,
-    "inference": {"models"},
+    "inference": {"models", "losses"},
     "loop": {"checkpoint", "tracker"},
     **{room: set() for room in MIDDLE - {"inference", "loop"}},
     **{room: set() for room in BASE},

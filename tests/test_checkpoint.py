@@ -246,3 +246,34 @@ def test_a_write_that_fails_is_told_and_leaves_the_earlier_checkpoint(
             checkpoints.save(4, trees(4), None)
     same(checkpoints.restore(3, trees(0)), trees(3))
     checkpoints.close()
+
+
+def save_and_fail(folder, step, tree, error=None):
+    with Checkpoints(folder) as checkpoints:
+        checkpoints.save(step, tree, None)
+        if error is not None:
+            raise error
+
+
+def too_big():
+    rng = np.random.default_rng(0)
+    return {"params": {"w": jnp.asarray(rng.standard_normal((1024, 1024)))}}
+
+
+def test_an_error_elsewhere_lets_a_checkpoint_be_finished(tmp_path):
+    with pytest.raises(RuntimeError, match="a bad batch"):
+        save_and_fail(tmp_path, 3, trees(3), RuntimeError("a bad batch"))
+    again = Checkpoints(tmp_path)
+    same(again.restore(3, trees(0)), trees(3))
+    again.close()
+
+
+def test_an_error_is_not_hidden_by_that_of_its_checkpoint(small_disk, caplog):
+    with pytest.raises(RuntimeError, match="a bad batch"):
+        save_and_fail(small_disk, 4, too_big(), RuntimeError("a bad batch"))
+    assert "checkpoint 4 could not be written" in caplog.text
+
+
+def test_leaving_reports_a_checkpoint_that_could_not_be_written(small_disk):
+    with pytest.raises(CheckpointError, match="checkpoint 4 could not be written"):
+        save_and_fail(small_disk, 4, too_big())

@@ -171,6 +171,7 @@ def test_a_mistyped_field_is_met_with_the_nearest(door, tmp_path):
     error = refused(
         door("configs/radit.py:tiny", workdir=tmp_path, **{"lm_ft.stepps": 3})
     )
+    assert error.startswith("error: 'stepps'")
     assert 'Did you mean "steps" instead of "stepps"?' in error
     assert list(tmp_path.iterdir()) == []
 
@@ -267,6 +268,32 @@ def test_the_chain_runs_on_a_users_own_files(door, mine, tmp_path):
     report = json.loads((tmp_path / "new/work/report/results.json").read_text())
     assert {row["dataset"] for row in report} == {"test"}
     assert {row["n"] for row in report} == {4}
+
+
+def test_the_chain_looks_for_every_file_before_it_starts(door, mine, tmp_path):
+    workdir = tmp_path / "work"
+    fields = own(mine) | {"lm": mine / "lmm"}
+    error = refused(door("configs/radit.py:own", workdir=workdir, **fields))
+    assert (
+        f"--config.lm={mine / 'lmm'}: {mine / 'lmm'}: no such file or folder" in error
+    )
+    assert f"did you mean {mine / 'lm'}?" in error
+    two = f"{mine / 'train.jsonl'}, {mine / 'trian2.jsonl'}"
+    fields = own(mine) | {"data.train": two}
+    error = refused(door("configs/radit.py:own", workdir=workdir, **fields))
+    assert f"{mine / 'trian2.jsonl'}: no such file" in error
+    assert not workdir.exists()
+
+
+def test_answers_are_scored_from_what_the_chain_made(chain, door):
+    workdir, _ = chain
+    code, output = door("configs/lm_score.py:tiny", workdir=workdir)
+    assert code == 0, output
+    manifest = json.loads((workdir / "scored" / "manifest.json").read_text())
+    counts = manifest["counts"]
+    questions = counts["train/train"] + counts["dev/dev"]
+    assert counts["sequences"] == 11 * questions
+    shutil.rmtree(workdir / "scored")
 
 
 def test_a_stage_without_its_input_says_what_to_run(door, mine, tmp_path):
@@ -409,7 +436,7 @@ def test_bad_models_are_an_error_in_a_line(door, workdir, lm, spoil, words):
         ({"lm_ft.micro_batches": 3}, r"rows = 8 does not divide .*nearest multiple is"),
         ({"lm_ft.context": "add"}, r"has no `context`"),
         ({"lm_ft.remat": "some"}, r"remat = 'some' is not one of"),
-        ({"lm_ft.row_targets": 2}, r"longer than lm_ft.row_targets = 2"),
+        ({"lm_ft.row_targets": 2}, r"example .*set lm_ft.row_targets to at least \d"),
         ({"lm_ft.steps": 0, "lm_ft.warmup_steps": 0}, r"steps = 0"),
         ({"lm_ft.learning_rate": -1.0}, r"learning_rate = -1.0 must be positive"),
         ({"lm_ft.save_every": 0}, r"save_every = 0 must be at least 1"),

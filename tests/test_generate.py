@@ -7,7 +7,7 @@ import pytest
 
 from radit_jax import sharding
 from radit_jax.inference import generate as module
-from radit_jax.inference.generate import GREEDY, Sampling, generate, stop_table
+from radit_jax.inference.generate import GREEDY, Sampling, generate, stop_tokens
 from radit_jax.models.attention import Layout
 from radit_jax.models.llama import Llama, LlamaConfig
 
@@ -177,10 +177,48 @@ def test_stops_of_one_row_do_not_end_another(model, expected):
     assert [result.tokens for result in both] == alone
 
 
-def test_the_table_of_stops_knows_tokens_by_their_text():
-    table = stop_table(Letters(), ("B", "D"), V)
-    assert np.flatnonzero(table).tolist() == [0, 2, 4]
-    assert table.shape == (V,)
+def test_stops_know_tokens_by_their_text():
+    stops = stop_tokens(Letters(), ("B", "D"), V)
+    for table in (stops.first_V, stops.later_V):
+        assert np.flatnonzero(table).tolist() == [0, 2, 4]
+        assert table.shape == (V,)
+    assert np.flatnonzero(stops.blank_V).tolist() == [0]
+
+
+class Lines(Letters):
+    """Some letters are new lines, alone or with a letter on one of their sides."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def decode(self, ids):
+        return "".join(self.texts.get(id, Letters.decode(self, [id])) for id in ids)
+
+
+def test_a_new_line_stops_unless_nothing_was_said_before_it():
+    stops = stop_tokens(Lines({3: "\n", 5: "x\n", 7: "\nx", 9: " "}), ("\n",), V)
+    assert np.flatnonzero(stops.first_V).tolist() == [0, 5]
+    assert np.flatnonzero(stops.later_V).tolist() == [0, 3, 5, 7]
+    assert np.flatnonzero(stops.blank_V).tolist() == [0, 3, 9]
+
+
+def test_an_answer_may_begin_on_the_next_line(model, expected):
+    i = next(i for i, (tokens, _) in enumerate(expected) if len(set(tokens)) > 4)
+    line = expected[i][0][0]
+    kept, begun = [], False
+    for token in expected[i][0]:
+        kept.append(token)
+        if begun and token == line:
+            break
+        begun |= token != line
+    tokenizer = Lines({line: "\n"})
+    for prompts in ([PROMPTS[i]], [PROMPTS[i], *PROMPTS]):
+        found, *_ = generate(
+            model, tokenizer, prompts, max_new_tokens=NEW, stop=("\n",)
+        )
+        assert found.tokens == kept
+        assert len(kept) > 1
+        assert found.text == tokenizer.decode(kept).strip() != ""
 
 
 def test_sampling_depends_on_its_seed_alone(model):

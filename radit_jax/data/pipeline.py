@@ -84,6 +84,33 @@ def context_roles(setting: str, datasets: Sequence[str]) -> dict[str, str]:
     return {name: named.get(name, default or "none") for name in datasets}
 
 
+def check_answers(
+    datasets: Sequence[Dataset], tokenizer: prompts.Tokenizer, mixture: Mixture
+) -> None:
+    """Find answers that are too long to train on before hours of training do.
+
+    Raises:
+        ValueError: naming the dataset, the example and the settings that would do.
+    """
+    for dataset in datasets:
+        for example in dataset.examples:
+            answer = example.answers[0]
+            # A token has at least one byte, so most answers need not be tokenised.
+            room = min(mixture.row_targets, mixture.row_tokens - 1)
+            if len(answer.encode()) + 2 <= room:
+                continue
+            prompt = prompts.render(tokenizer, "", 10**9, answer=answer)
+            size = len(prompt.tokens) - prompt.answer_start
+            if size > room:
+                raise ValueError(
+                    f"dataset {dataset.name}, example {example.id}: the answer has "
+                    f"{size} tokens, <eos> included, and answers are never cut; set "
+                    f"lm_ft.row_targets to at least {size} (now {mixture.row_targets})"
+                    f" and lm_ft.row_tokens to more than that (now "
+                    f"{mixture.row_tokens}), or shorten it: {answer[:60]!r}"
+                )
+
+
 def instances(dataset: Dataset, passages_per_example: int) -> np.ndarray:
     """(example, passage id) of every training instance, int64 [instances, 2].
 
@@ -188,18 +215,28 @@ def features(tokens: list[int], start: int, row_targets: int, what: str) -> dict
 
 
 def _pack(dataset: grain.IterDataset, mixture: Mixture, bins: int) -> grain.IterDataset:
-    packed = grain.experimental.FirstFitPackIterDataset(
+    return _first_fit(
         dataset,
-        length_struct={
+        {
             "tokens": mixture.row_tokens,
             "sites": mixture.row_targets,
             "targets": mixture.row_targets,
         },
+        bins,
+        mixture.seed,
+    ).map(_absolute_sites)
+
+
+def _first_fit(
+    dataset: grain.IterDataset, lengths: dict[str, int], bins: int, seed: int
+) -> grain.IterDataset:
+    return grain.experimental.FirstFitPackIterDataset(
+        dataset,
+        length_struct=lengths,
         num_packing_bins=bins,
-        seed=mixture.seed,
+        seed=seed,
         shuffle_bins=True,
     )
-    return packed.map(_absolute_sites)
 
 
 def _absolute_sites(row: dict) -> Packed:
@@ -334,6 +371,55 @@ def pack_all(source: Sequence[dict], mixture: Mixture, rows: int) -> Iterator[Pa
         empty = Packed(*(np.zeros_like(field) for field in chosen[0]))
         chosen += [empty] * (rows - len(chosen))
         yield Packed(*(np.stack(fields) for fields in zip(*chosen, strict=True)))
+
+
+class Owned(NamedTuple):
+    """A packed batch whose sites know the sequence that they are of."""
+
+    batch: Packed
+    owners_BT: np.ndarray  # int32, place of the sequence; -1 where the site is unused
+
+
+def scoring_batches(
+    sequences: Sequence[prompts.Prompt], mixture: Mixture
+) -> Iterator[Owned]:
+    """Sequences packed to be scored, each once, in batches of ``mixture.rows``; empty
+    rows fill up the last.
+
+    Raises:
+        ValueError: a target is longer than ``row_targets``; the sequence is named by
+            its place.
+    """
+    source = []
+    for place, prompt in enumerate(sequences):
+        row = features(
+            prompt.tokens, prompt.answer_start, mixture.row_targets, f"sequence {place}"
+        )
+        source.append(row | {"owners": np.full_like(row["sites"], place)})
+    lengths = {"tokens": mixture.row_tokens} | dict.fromkeys(
+        ("sites", "targets", "owners"), mixture.row_targets
+    )
+    order = grain.MapDataset.source(source).to_iter_dataset()
+    bins = max(mixture.packing_bins, mixture.rows)
+    rows = [
+        Owned(
+            packed, np.where(packed.weights_BT > 0, row["owners"], -1).astype(np.int32)
+        )
+        for row in _first_fit(order, lengths, bins, mixture.seed)
+        for packed in [_absolute_sites(row)]
+    ]
+    for start in range(0, len(rows), mixture.rows):
+        chosen = rows[start : start + mixture.rows]
+        short = mixture.rows - len(chosen)
+        batch = Packed(
+            *(
+                np.pad(np.stack(fields), [(0, short), (0, 0)])
+                for fields in zip(*(row.batch for row in chosen), strict=True)
+            )
+        )
+        owners = np.stack([row.owners_BT for row in chosen])
+        owners_BT = np.pad(owners, [(0, short), (0, 0)], constant_values=-1)
+        yield Owned(batch, owners_BT)
 
 
 def padding_share(batch: Any) -> float:

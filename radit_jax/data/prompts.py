@@ -53,6 +53,7 @@ def render(
     question_marker: str = QUESTION_MARKERS[0],
     answer_marker: str = ANSWER_MARKERS[0],
     bos: bool = True,
+    eos: bool = True,
 ) -> Prompt:
     """Tokenise a prompt of at most ``max_tokens`` tokens.
 
@@ -65,10 +66,11 @@ def render(
         question: the question.
         max_tokens: room for everything, special tokens included.
         passage: text for ``Background:``; "" leaves the background out.
-        answer: the target, closed by <eos>; None renders a prompt to generate from.
+        answer: the target; None renders a prompt to generate from.
         question_marker: one of QUESTION_MARKERS.
         answer_marker: one of ANSWER_MARKERS.
         bos: begin with <bos> if the tokenizer has one.
+        eos: close the answer with <eos>.
 
     Raises:
         ValueError: the answer alone does not fit, or tokenises to nothing.
@@ -87,7 +89,7 @@ def render(
         middle, target = whole[:same], whole[same:]
         if not target:
             raise ValueError(f"answer {answer!r} tokenises to nothing")
-        target.append(tokenizer.eos_id)
+        target += [tokenizer.eos_id] * eos
     room = max_tokens - len(start) - len(target)
     if room <= 0:
         raise ValueError(

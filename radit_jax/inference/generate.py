@@ -58,33 +58,52 @@ class Generated(NamedTuple):
     stopped: bool  # False when max_new_tokens ended it
 
 
+# On the host, then on the mesh.
+Table = Bool[np.ndarray, " V"] | Bool[Array, " V"]
+
+
+class Stops(NamedTuple):
+    """Which tokens end a row.
+
+    White space in front of an answer is no part of it: a model that begins a new line
+    before it answers, though a new line is a stop string, has not yet said anything.
+    """
+
+    first_V: Table  # before anything but white space was said
+    later_V: Table
+    blank_V: Table  # tokens that say nothing but white space
+
+
 class Decoding(NamedTuple):
     """State of a batch between decoding steps."""
 
     cache: Cache
     logits_BV: Float[Array, "B V"]  # of the next token
     positions_B: Int[Array, " B"]  # of the next token
+    begun_B: Bool[Array, " B"]  # something but white space was said
     done_B: Bool[Array, " B"]
     tokens_BL: Int[Array, "B L"]  # generated so far
     log_probabilities_BL: Float[Array, "B L"]
     step: Int[Array, ""]  # tokens generated so far
 
 
-def stop_table(tokenizer: Tokenizer, stop: Sequence[str], size: int) -> np.ndarray:
-    """True for <eos> and for every token whose text holds a stop string, bool [V].
+def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str], size: int) -> Stops:
+    """<eos> and every token whose text holds a stop string, as tables on the host.
 
     Args:
         tokenizer: gives the text of each token.
         stop: stop strings.
         size: V of the model, which may be padded beyond the tokenizer's.
     """
-    table = np.zeros(size, bool)
-    table[tokenizer.eos_id] = True
+    stops = Stops(np.zeros(size, bool), np.zeros(size, bool), np.zeros(size, bool))
     if stop:
         for id in range(min(tokenizer.vocab_size, size)):
             text = tokenizer.decode([id])
-            table[id] |= any(string in text for string in stop)
-    return table
+            stops.first_V[id] = any(string in text.lstrip() for string in stop)
+            stops.later_V[id] = any(string in text for string in stop)
+            stops.blank_V[id] = not text.strip()
+    stops.first_V[tokenizer.eos_id] = stops.later_V[tokenizer.eos_id] = True
+    return stops
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "dtype"))
@@ -108,6 +127,7 @@ def prefill(
         cache=cache,
         logits_BV=_logits(model, last_BLD),
         positions_B=lengths_B,
+        begun_B=lengths_B < 0,
         done_B=lengths_B == 0,
         tokens_BL=empty(jnp.int32, out_sharding=sharding.ROWS_BL),
         log_probabilities_BL=empty(jnp.float32, out_sharding=sharding.ROWS_BL),
@@ -127,7 +147,7 @@ def _logits(model: Llama, hidden_BLD: Array) -> Array:
 def decode(
     model: Llama,
     state: Decoding,
-    stop_V: Bool[Array, " V"],
+    stops: Stops,
     seeds_B: Int[Array, " B"],
     chunk: int,
     sampling: Sampling,
@@ -155,11 +175,16 @@ def decode(
         layout = Layout(live_B.astype(jnp.int32)[:, None], state.positions_B[:, None])
         slot = state.cache.keys_SBGMK.shape[3] - state.tokens_BL.shape[1] + state.step
         hidden_BLD, cache = model.extend(chosen_B[:, None], layout, state.cache, slot)
+        first_B, later_B, blank_B = (
+            jnp.asarray(table_V).at[chosen_B].get(out_sharding=sharding.ROWS_B)
+            for table_V in stops
+        )
         return Decoding(
             cache=cache,
             logits_BV=_logits(model, hidden_BLD),
             positions_B=state.positions_B + 1,
-            done_B=state.done_B | stop_V.at[chosen_B].get(out_sharding=sharding.ROWS_B),
+            begun_B=state.begun_B | ~blank_B,
+            done_B=state.done_B | jnp.where(state.begun_B, later_B, first_B),
             tokens_BL=tokens_BL,
             log_probabilities_BL=log_probabilities_BL,
             step=state.step + 1,
@@ -209,7 +234,8 @@ def generate(
         tokenizer: decodes, and names <eos>.
         prompts: token ids of each prompt; none may be empty.
         max_new_tokens: at most this many tokens are generated.
-        stop: stop strings; the text ends before the first of them.
+        stop: stop strings; the text ends before the first of them that follows
+            anything but white space.
         sampling: greedy by default.
         batch_tokens: rows x (prompt bucket + max_new_tokens) of a batch at most.
         dtype: compute and cache dtype.
@@ -226,7 +252,7 @@ def generate(
                 f"prompt {i} has {len(prompt)} tokens; between 1 and {longest} fit "
                 f"(context of {model.config.max_length} less {max_new_tokens} new ones)"
             )
-    stop_V = jnp.asarray(stop_table(tokenizer, stop, model.config.vocab_size))
+    stops = stop_tokens(tokenizer, stop, model.config.vocab_size)
     results: list[Generated | None] = [None] * len(prompts)
     for bucket, chosen in _batches(prompts, max_new_tokens, batch_tokens, longest):
         rows = _rows(bucket, max_new_tokens, batch_tokens)
@@ -237,7 +263,7 @@ def generate(
             lengths_B[row], seeds_B[row] = len(prompts[i]), i
         put = sharding.put_rows
         state = prefill(model, put(tokens_BL), put(lengths_B), max_new_tokens, dtype)
-        found = _finish(model, tokenizer, state, stop_V, put(seeds_B), stop, sampling)
+        found = _finish(model, tokenizer, state, stops, put(seeds_B), stop, sampling)
         for row, i in enumerate(chosen):
             results[i] = found[row]
         if progress is not None:
@@ -274,21 +300,21 @@ def _finish(
     model: Llama,
     tokenizer: Tokenizer,
     state: Decoding,
-    stop_V: Array,
+    stops: Stops,
     seeds_B: Array,
     stop: Sequence[str],
     sampling: Sampling,
 ) -> list[Generated]:
     """Decode chunk by chunk, looking for stop strings in between."""
-    table = np.asarray(stop_V)
+    on_mesh = Stops(*map(jnp.asarray, stops))
     limit = state.tokens_BL.shape[1]
     while True:
-        state = decode(model, state, stop_V, seeds_B, CHUNK, sampling)
+        state = decode(model, state, on_mesh, seeds_B, CHUNK, sampling)
         step, done = int(state.step), np.asarray(state.done_B)
         tokens_BL = np.asarray(state.tokens_BL)
         log_BL = np.asarray(state.log_probabilities_BL)
         found = [
-            _cut(tokenizer, tokens_BL[row, :step].tolist(), log_BL[row], table, stop)
+            _cut(tokenizer, tokens_BL[row, :step].tolist(), log_BL[row], stops, stop)
             for row in range(len(done))
         ]
         done = done | np.asarray([result.stopped for result in found])
@@ -301,17 +327,18 @@ def _cut(
     tokenizer: Tokenizer,
     tokens: list[int],
     log_L: np.ndarray,
-    table: np.ndarray,
+    stops: Stops,
     stop: Sequence[str],
 ) -> Generated:
     """End a row at its first stop token or stop string."""
-    stopped = False
+    stopped = begun = False
     for n, token in enumerate(tokens, 1):
-        if table[token]:
+        if (stops.later_V if begun else stops.first_V)[token]:
             tokens, stopped = tokens[:n], True
             break
+        begun |= not stops.blank_V[token]
     body = tokens[:-1] if stopped and tokens[-1] == tokenizer.eos_id else tokens
-    text = tokenizer.decode(body)
+    text = tokenizer.decode(body).lstrip()
     places = [text.index(string) for string in stop if string in text]
     if places:
         # Drop what was generated beyond a stop string of several tokens. It goes before
@@ -321,7 +348,7 @@ def _cut(
         n = next(
             n
             for n in range(1, len(body) + 1)
-            if any(string in tokenizer.decode(body[:n]) for string in stop)
+            if any(string in tokenizer.decode(body[:n]).lstrip() for string in stop)
         )
         tokens = body[:n]
     return Generated(text.strip(), tokens, float(log_L[: len(tokens)].sum()), stopped)

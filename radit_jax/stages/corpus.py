@@ -6,15 +6,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from radit_jax.artifacts import fingerprint
 from radit_jax.data.corpus import read_documents, write_passages
-from radit_jax.stages.stage import Stage, section
+from radit_jax.stages.stage import Stage, field_fingerprint, section
 from radit_jax.tracker import progress
 
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
     """The corpus section, with the content of the documents for their path."""
-    return section(config.corpus) | {"documents": fingerprint(config.corpus.documents)}
+    return section(config.corpus) | {
+        "documents": field_fingerprint(config, "corpus.documents")
+    }
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:

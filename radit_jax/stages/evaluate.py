@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from radit_jax.artifacts import fingerprint
 from radit_jax.batch import Example, Passage
 from radit_jax.data import prompts
 from radit_jax.data.corpus import PassageStore
@@ -27,12 +26,18 @@ from radit_jax.evaluation.report import (
     write_report,
 )
 from radit_jax.inference.ensemble import passage_weights, vote
-from radit_jax.inference.generate import generate
+from radit_jax.inference.generate import Generated, generate
 from radit_jax.models.huggingface import load_llama
 from radit_jax.models.llama import Llama
 from radit_jax.stages.lm_ft import load_finetuned
 from radit_jax.stages.retrieve import read_retrieved
-from radit_jax.stages.stage import Stage, compute_dtype, lm_folder, section
+from radit_jax.stages.stage import (
+    Stage,
+    compute_dtype,
+    field_fingerprint,
+    lm_folder,
+    section,
+)
 from radit_jax.tracker import progress
 
 log = logging.getLogger(__name__)
@@ -78,7 +83,7 @@ class Question(NamedTuple):
 def settings(config: ConfigDict) -> Mapping[str, Any]:
     """The evaluate section, the untuned model and how prompts begin."""
     return section(config.evaluate) | {
-        "lm": fingerprint(config.lm),
+        "lm": field_fingerprint(config, "lm"),
         "bos": config.lm_ft.bos,
         "row_tokens": config.lm_ft.row_tokens,
         "seed": config.seed,
@@ -161,7 +166,10 @@ def _groups(questions: Sequence[Question]) -> np.ndarray | None:
 
 
 class Reader:
-    """Answers questions from passages with one language model."""
+    """Answers questions from passages with one language model.
+
+    What it has read once it remembers: a gold passage is often among the retrieved.
+    """
 
     def __init__(
         self, config: ConfigDict, model: Llama, tokenizer: Tokenizer, bos: bool
@@ -171,6 +179,7 @@ class Reader:
         self.tokenizer = tokenizer
         self.bos = bos
         self.dtype = compute_dtype(config)
+        self._known: dict[tuple[int, ...], Generated] = {}
 
     def render(self, question: str, passage: str) -> list[int]:
         """The prompt of a question and one passage ("" for none)."""
@@ -197,21 +206,24 @@ class Reader:
         for i, question in enumerate(questions):
             for text in [p.display for p in passages[i]] or [""]:
                 owner.append(i)
-                rendered.append(self.render(question.example.question, text))
+                rendered.append(tuple(self.render(question.example.question, text)))
+        new = [p for p in dict.fromkeys(rendered) if p not in self._known]
         with progress(len(rendered), f"evaluate {name}", "prompts") as bar:
+            bar.skip(len(rendered) - len(new))
             found = generate(
                 self.model,
                 self.tokenizer,
-                rendered,
+                new,
                 max_new_tokens=evaluate.max_new_tokens,
                 stop=tuple(evaluate.stop),
                 batch_tokens=evaluate.batch_tokens,
                 dtype=self.dtype,
                 progress=bar.update,
             )
-        answers: list[list] = [[] for _ in questions]
-        for i, result in zip(owner, found, strict=True):
-            answers[i].append(result)
+        self._known |= zip(new, found, strict=True)
+        answers: list[list[Generated]] = [[] for _ in questions]
+        for i, prompt in zip(owner, rendered, strict=True):
+            answers[i].append(self._known[prompt])
         return [
             self._generation(name, question, list(read), list(weight) or [1.0], result)
             for question, read, weight, result in zip(
@@ -282,7 +294,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     }
     done: dict[str, list[Generation]] = {}
     for finetuned, load in loaders.items():
-        model: Llama | None = None
+        reader: Reader | None = None
         for name in config.evaluate.systems:
             system = SYSTEMS[name]
             if system.finetuned != finetuned:
@@ -295,10 +307,11 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
                 continue
             file = folder / "systems" / f"{name.replace(' ', '_')}.jsonl"
             if not file.exists():
-                model = load() if model is None else model
-                bos = config.lm_ft.bos if finetuned else tokenizer.add_bos
+                if reader is None:
+                    bos = config.lm_ft.bos if finetuned else tokenizer.add_bos
+                    reader = Reader(config, load(), tokenizer, bos)
                 reads = [read_for(system, q, config) for q in ours]
-                answered = Reader(config, model, tokenizer, bos).answer(
+                answered = reader.answer(
                     name,
                     ours,
                     [store.get(list(ids)) for ids, _ in reads],
@@ -306,7 +319,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
                 )
                 _save(file, answered)
             done[name] = _load(file)
-        del model
+        del reader
         gc.collect()
     generations = [g for name in config.evaluate.systems for g in done.get(name, [])]
     rows = answer_rows(generations, config.seed)

@@ -10,14 +10,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from radit_jax import sharding
-from radit_jax.artifacts import fingerprint
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.models.encoder import Encoder
 from radit_jax.models.huggingface import load_encoder
 from radit_jax.retrieval.embed import EmbeddingStore, embed_passages
 from radit_jax.retrieval.index import ScannSettings, build_index
-from radit_jax.stages.stage import Stage, compute_dtype, section, settings_of
+from radit_jax.stages.stage import (
+    Stage,
+    compute_dtype,
+    field_fingerprint,
+    section,
+    settings_of,
+)
 from radit_jax.tracker import progress
 
 Encode = Callable[[np.ndarray, np.ndarray], jax.Array]
@@ -30,7 +35,9 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     # How fast the index is searched is no part of what it holds.
     del index["threads"]
     return index | {
-        "encoder": fingerprint(context_folder(config)),
+        "encoder": field_fingerprint(
+            config, "context_encoder" if config.context_encoder else "encoder"
+        ),
         "pooling": section(config.pooling),
         "dtype": config.dtype,
     }

@@ -4,6 +4,7 @@ RA-DIT's first half: every example is shown with each of its top passages as
 independent instances, and the loss falls on the answer alone (eq. 3).
 """
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -17,25 +18,30 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from radit_jax import losses, optim, sharding
-from radit_jax.artifacts import fingerprint
+from radit_jax import optim, sharding
 from radit_jax.batch import Packed
 from radit_jax.checkpoint import PARAMS, Checkpoints
 from radit_jax.data import pipeline
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
+from radit_jax.inference.score import target_log_probabilities
 from radit_jax.loop import Schedule, TrainState, fit
-from radit_jax.models.attention import Layout
 from radit_jax.models.huggingface import (
     check_vocabulary,
     load_llama,
     read_llama_config,
 )
-from radit_jax.models.layers import pick
 from radit_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
 from radit_jax.stages import hardware
 from radit_jax.stages.retrieve import read_retrieved
-from radit_jax.stages.stage import Stage, compute_dtype, lm_folder, section, settings_of
+from radit_jax.stages.stage import (
+    Stage,
+    compute_dtype,
+    field_fingerprint,
+    lm_folder,
+    section,
+    settings_of,
+)
 from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
 
 log = logging.getLogger(__name__)
@@ -52,7 +58,7 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     for name in ("log_every", "wandb_project"):
         del lm_ft[name]
     return lm_ft | {
-        "lm": fingerprint(config.lm),
+        "lm": field_fingerprint(config, "lm"),
         "seed": config.seed,
         "dtype": config.dtype,
     }
@@ -62,10 +68,7 @@ def answer_loss(
     model: Llama, batch: Packed, dtype: jnp.dtype, remat: str
 ) -> dict[str, Float[Array, ""]]:
     """Summed negative log-likelihood of a batch's targets, and their number."""
-    layout = Layout(batch.segment_ids_BL, batch.positions_BL)
-    hidden_BLD = model.hidden(batch.tokens_BL, layout, dtype, remat)
-    logits_BTV = model.logits(pick(hidden_BLD, batch.sites_BT))
-    log_BT = losses.token_log_probabilities(logits_BTV, batch.targets_BT)
+    log_BT = target_log_probabilities(model, batch, dtype, remat)
     return {
         "nll": -jnp.sum(log_BT * batch.weights_BT),
         "targets": jnp.sum(batch.weights_BT),
@@ -186,6 +189,8 @@ def prepare_data(
         ]
         for split, parts in splits.items()
     }
+    for parts in datasets.values():
+        pipeline.check_answers(parts, tokenizer, mixture)
     batches = pipeline.training_batches(
         datasets["train"],
         passages,
@@ -274,17 +279,18 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         lm_ft.row_tokens,
         lm_ft.micro_batches,
     )
-    checkpoints = Checkpoints(folder / "checkpoints", lm_ft.keep, METRIC)
-    latest = checkpoints.latest
-    tracker = Tracker(
-        folder,
-        resume_step=0 if latest is None else latest + 1,
-        wandb_project=lm_ft.wandb_project,
-    )
-    sample = fixed[0]
-    useful = float((sample.segment_ids_BL > 0).sum())
-    segments = float((np.diff(sample.segment_ids_BL, prepend=0) > 0).sum())
-    with tracker:
+    first = fixed[0]
+    useful = float((first.segment_ids_BL > 0).sum())
+    segments = float((np.diff(first.segment_ids_BL, prepend=0) > 0).sum())
+    with (
+        contextlib.closing(batches),
+        Checkpoints(folder / "checkpoints", lm_ft.keep, METRIC) as checkpoints,
+        Tracker(
+            folder,
+            resume_step=0 if checkpoints.latest is None else checkpoints.latest + 1,
+            wandb_project=lm_ft.wandb_project,
+        ) as tracker,
+    ):
         state = fit(
             state,
             step=make_step(tx, learning_rate, dtype, lm_ft.remat),
@@ -295,13 +301,11 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             tracker=tracker,
             schedule=settings_of(Schedule, lm_ft),
             flops_per_token=flops_per_token(
-                model.config, useful / segments, float(sample.weights_BT.sum()) / useful
+                model.config, useful / segments, float(first.weights_BT.sum()) / useful
             ),
             peak_flops=hardware.peak_flops(dtype),
         )
-    batches.close()
-    best = checkpoints.best
-    checkpoints.close()
+        best = checkpoints.best
     plot_curves(folder / METRICS_FILE, folder / "curves.png")
     return {"steps": int(state.step), "best_step": best, "weights": weights}
 

@@ -5,8 +5,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from radit_jax.stages import corpus, evaluate, index, lm_ft, prepare, retrieve
-from radit_jax.stages.stage import Stage, check_required, run
+from radit_jax.stages import (
+    corpus,
+    evaluate,
+    index,
+    lm_ft,
+    lm_score,
+    prepare,
+    retrieve,
+)
+from radit_jax.stages.stage import Stage, check_required, existing, run
 
 log = logging.getLogger(__name__)
 
@@ -15,6 +23,7 @@ STAGES: dict[str, Stage] = {
     "corpus": corpus.STAGE,
     "index": index.STAGE,
     "retrieve": retrieve.STAGE,
+    "lm_score": lm_score.STAGE,
     "lm_ft": lm_ft.STAGE,
     "evaluate": evaluate.STAGE,
 }
@@ -26,12 +35,17 @@ def run_chain(config: ConfigDict) -> None:
     Raises:
         ValueError: an unknown stage, or a field that any of the stages needs is not
             set; nothing runs then.
+        FileNotFoundError: a file or folder that any of them needs is not there.
     """
     unknown = [name for name in config.stages if name not in STAGES]
     if unknown:
         raise ValueError(f"stages: {unknown} not among {', '.join(STAGES)}")
     required = dict.fromkeys(f for name in config.stages for f in STAGES[name].required)
     check_required("radit", tuple(required), config)
+    if "prepare" not in config.stages:
+        # Not after hours of indexing. What ``prepare`` makes is not there yet.
+        for field in required:
+            existing(config, field)
     for name in config.stages:
         run(name, STAGES[name], config)
     workdir = Path(config.workdir)

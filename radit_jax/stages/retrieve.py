@@ -17,7 +17,7 @@ from radit_jax.data.tasks import read_examples
 from radit_jax.retrieval.embed import embed_queries
 from radit_jax.retrieval.index import open_index
 from radit_jax.stages.index import tower
-from radit_jax.stages.stage import Stage, section
+from radit_jax.stages.stage import Stage, existing, field_fingerprint, section
 from radit_jax.tracker import progress
 
 log = logging.getLogger(__name__)
@@ -29,9 +29,10 @@ def paths(config: ConfigDict, split: str) -> list[Path]:
     """The files of a split; the config separates several by commas.
 
     Raises:
+        FileNotFoundError: as ``existing``.
         ValueError: two files of a split have the same name; it names the dataset.
     """
-    files = [Path(p.strip()) for p in config.data[split].split(",") if p.strip()]
+    files = existing(config, f"data.{split}")
     names = [file.stem for file in files]
     for name in names:
         if names.count(name) > 1:
@@ -49,7 +50,7 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
         for split in SPLITS
     }
     return section(config.retrieve) | {
-        "encoder": fingerprint(config.encoder),
+        "encoder": field_fingerprint(config, "encoder"),
         "pooling": section(config.pooling),
         "files": files,
         "dev_share": config.data.dev_share,

@@ -1,6 +1,7 @@
 """What every stage is: settings that make its key, and a build that fills a folder."""
 
 import dataclasses
+import difflib
 import json
 import logging
 import time
@@ -82,6 +83,42 @@ def check_required(name: str, fields: tuple[str, ...], config: ConfigDict) -> No
             "Without any of them, `--config configs/radit.py:demo` runs on real small "
             "models, and `--config configs/radit.py:tiny` on random weights in seconds"
         )
+
+
+def existing(config: ConfigDict, field: str) -> list[Path]:
+    """The file or folder that a field names; ``data`` fields may name several.
+
+    Several are separated by commas.
+
+    Raises:
+        FileNotFoundError: one of them is not there; with the field, and the nearest
+            name that is.
+    """
+    value = config
+    for part in field.split("."):
+        value = value[part]
+    names = value.split(",") if field.startswith("data.") else [value]
+    paths = [Path(name.strip()) for name in names if name.strip()]
+    for path in paths:
+        if not path.exists():
+            folder = path.parent
+            there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+            near = difflib.get_close_matches(path.name, there, 1)
+            hint = f"; did you mean {folder / near[0]}?" if near else ""
+            raise FileNotFoundError(
+                f"--config.{field}={value}: {path}: no such file or folder{hint}"
+            )
+    return paths
+
+
+def field_fingerprint(config: ConfigDict, field: str) -> str:
+    """``fingerprint`` of the file or folder that a field names.
+
+    Raises:
+        FileNotFoundError: as ``existing``.
+    """
+    (path,) = existing(config, field)
+    return fingerprint(path)
 
 
 def mesh(config: ConfigDict) -> jax.sharding.Mesh:

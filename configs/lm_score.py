@@ -1,0 +1,40 @@
+"""Stage ``lm_score``: retrieved/ and a language model -> scored/.
+
+    python -m radit_jax.main --config configs/lm_score.py --config.lm=FOLDER
+
+The log-likelihood of every question's first answer after each of its passages, and
+after none, under the frozen language model (RA-DIT section 2.3, the p_LM of eq. 4). It
+is computed once: every run of R-FT, whatever its temperature and loss, reads it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.base import base
+
+
+def section(config: ConfigDict, variant: str) -> None:
+    """Add the stage's fields to a config."""
+    c = config.lm_score = ConfigDict()
+    c.splits = ("train", "dev")
+    c.passages = 10  # k; what retrieve kept bounds it
+    c.bos = True  # every sequence begins with <bos>, where the tokenizer has one
+    c.eos = False  # whether <eos> is part of the answer; the paper does not say
+    c.row_tokens = 2048  # of a packed row; a longer prompt loses the end of its passage
+    c.row_targets = 512  # room for answer tokens in a row
+    c.rows = 64  # per batch, all devices together
+    c.packing_bins = 256
+    c.shard_size = 1024  # questions per file; a finished file is not scored again
+    if variant in ("demo", "own"):
+        c.row_tokens, c.row_targets, c.rows = 512, 64, 8
+        c.shard_size = 256
+    if variant == "tiny":
+        c.row_tokens, c.row_targets, c.rows = 128, 32, 8
+        c.packing_bins = 16
+        c.shard_size = 32
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe of the stage alone."""
+    config = base("lm_score", variant)
+    section(config, variant)
+    return config

@@ -1,0 +1,25 @@
+"""Log-likelihoods of targets under a language model, packed or not."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from radit_jax import losses
+from radit_jax.batch import Packed
+from radit_jax.models.attention import Layout
+from radit_jax.models.layers import pick
+from radit_jax.models.llama import Llama
+
+
+def target_log_probabilities(
+    model: Llama, batch: Packed, dtype: DTypeLike = jnp.float32, remat: str = "none"
+) -> Float[Array, "B T"]:
+    """Log-probability (nats) of the token that follows each site, in float32.
+
+    The output head runs at the sites alone. What stands at unused sites means nothing;
+    weigh it with ``batch.weights_BT``.
+    """
+    layout = Layout(batch.segment_ids_BL, batch.positions_BL)
+    hidden_BLD = model.hidden(batch.tokens_BL, layout, dtype, remat)
+    logits_BTV = model.logits(pick(hidden_BLD, batch.sites_BT))
+    return losses.token_log_probabilities(logits_BTV, batch.targets_BT)
