@@ -33,6 +33,12 @@ at most `row_length` tokens. With `attention: "segments"` each instance of a row
 by its own causal call to SDPA; with "mask" one block-diagonal causal boolean mask goes
 to SDPA. Collation is inside the clock.
 
+Job `score`: the log-probability of every sequence's target, once over all sequences per
+repeat; the answer has the sums. Style `single` runs one sequence at a time and takes
+the logits of all of its positions, as the packaged peer does; style `padded` runs
+batches of sequences of like length, padded on the right, and computes logits at the
+positions before targets only. Sequences come tokenised.
+
 Job `encoder`: one pass of sentence-transformers over all texts per repeat, tokenisation
 included, mean pooling and L2 norm.
 """
@@ -70,6 +76,14 @@ SETTINGS = {
         "clip_norm": 1.0,
         "keep_memory": None,  # as below; None: in style careful only
         "threads": 0,  # 0: the cores this process may use
+    },
+    "score": {
+        "model": REQUIRED,  # folder: config.json, model.safetensors
+        "sequences": REQUIRED,  # JSON file: [{"tokens": [], "start": 17}, ...]
+        "style": "single",  # or "padded"
+        "batch_tokens": 4096,  # padded: tokens per batch, padding included
+        "keep_memory": None,  # as below; None: in style padded only
+        "threads": 0,
     },
     "encoder": {
         "model": REQUIRED,  # folder: config.json, model.safetensors, tokenizer.json
@@ -127,17 +141,18 @@ def read_settings(message: dict | None) -> tuple[str, dict]:
     settings = {**SETTINGS[job], **given}
     if missing := [name for name, value in settings.items() if value is REQUIRED]:
         raise ValueError(f"{job}: missing settings {', '.join(missing)}")
-    for name in ("model", "instances", "texts"):
+    for name in ("model", "instances", "sequences", "texts"):
         if name in settings and not Path(settings[name]).exists():
             raise ValueError(f"{name}: nothing at {settings[name]}")
-    for name, choices in {"style": STYLES, "attention": ("segments", "mask")}.items():
+    styles = SCORING if job == "score" else STYLES
+    for name, choices in {"style": styles, "attention": ("segments", "mask")}.items():
         if name in settings and settings[name] not in choices:
             expected = ", ".join(choices)
             raise ValueError(
                 f"{name}: expected one of {expected}, got {settings[name]!r}"
             )
     if settings["keep_memory"] is None:
-        settings["keep_memory"] = settings["style"] == "careful"
+        settings["keep_memory"] = settings["style"] in ("careful", "padded")
     if settings["keep_memory"] and sys.platform != "linux":
         raise ValueError("keep_memory: expected false, it needs glibc (Linux)")
     return job, settings
@@ -409,6 +424,61 @@ def train_with_care(
         step += 1
 
 
+def score(channel: Channel, settings: dict, facts: dict):
+    """Scores all sequences once per request."""
+    sequences = json.loads(Path(settings["sequences"]).read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    useful = sum(len(sequence["tokens"]) for sequence in sequences)
+    channel.send(ready=True, **facts, sequences=len(sequences))
+    run = SCORING[settings["style"]]
+    while True:
+        channel.wait_for_go()
+        started = time.perf_counter()
+        with torch.inference_mode():
+            sums = run(model, sequences, settings)
+        seconds = time.perf_counter() - started
+        channel.send(
+            seconds=seconds, count=len(sequences), useful_tokens=useful, sums=sums
+        )
+
+
+def score_singly(model, sequences: list[dict], settings: dict) -> list[float]:
+    """Style `single`."""
+    sums = []
+    for sequence in sequences:
+        tokens, start = torch.tensor(sequence["tokens"]), sequence["start"]
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+        log = logits[start - 1 : -1].log_softmax(-1)
+        sums.append(float(log.gather(1, tokens[start:, None]).sum()))
+    return sums
+
+
+def score_padded(model, sequences: list[dict], settings: dict) -> list[float]:
+    """Style `padded`."""
+    sums = [0.0] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]["tokens"]))
+    while order:
+        longest = len(sequences[order[0]]["tokens"])
+        size = max(settings["batch_tokens"] // longest, 1)
+        chosen, order = order[:size], order[size:]
+        batch = [sequences[i] for i in chosen]
+        short = [longest - len(sequence["tokens"]) for sequence in batch]
+        padded = zip(batch, short, strict=True)
+        hidden = model.model(
+            input_ids=torch.tensor([s["tokens"] + [0] * n for s, n in padded]),
+            attention_mask=torch.tensor([[1] * (longest - n) + [0] * n for n in short]),
+            use_cache=False,
+        ).last_hidden_state
+        for row, (i, sequence) in enumerate(zip(chosen, batch, strict=True)):
+            start, end = sequence["start"], len(sequence["tokens"])
+            log = model.lm_head(hidden[row, start - 1 : end - 1]).log_softmax(-1)
+            target = torch.tensor(sequence["tokens"][start:])
+            sums[i] = float(log.gather(1, target[:, None]).sum())
+    return sums
+
+
 def encoder(channel: Channel, settings: dict, facts: dict):
     """Encodes all texts once per request."""
     import sentence_transformers
@@ -453,7 +523,8 @@ def encoder(channel: Channel, settings: dict, facts: dict):
 
 
 STYLES = {"trainer": train_with_trainer, "careful": train_with_care}
-JOBS = {"lm_ft": lm_ft, "encoder": encoder}
+SCORING = {"single": score_singly, "padded": score_padded}
+JOBS = {"lm_ft": lm_ft, "score": score, "encoder": encoder}
 
 
 def main() -> int:

@@ -5,6 +5,7 @@
 The log-likelihood of every question's first answer after each of its passages, and
 after none, under the frozen language model (RA-DIT section 2.3, the p_LM of eq. 4). It
 is computed once: every run of R-FT, whatever its temperature and loss, reads it.
+Questions that retrieved the same passage share the reading of it.
 """
 
 from ml_collections import ConfigDict
@@ -23,14 +24,14 @@ def section(config: ConfigDict, variant: str) -> None:
     c.row_targets = 512  # room for answer tokens in a row
     c.rows = 64  # per batch, all devices together
     c.packing_bins = 256
-    c.shard_size = 1024  # questions per file; a finished file is not scored again
+    c.shard_size = 65_536  # pairs of question and passage; what a kill loses at most
     if variant in ("demo", "own"):
         c.row_tokens, c.row_targets, c.rows = 512, 64, 8
-        c.shard_size = 256
+        c.shard_size = 4096
     if variant == "tiny":
         c.row_tokens, c.row_targets, c.rows = 128, 32, 8
         c.packing_bins = 16
-        c.shard_size = 32
+        c.shard_size = 256
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -68,18 +68,6 @@ class Retrieved(NamedTuple):
     scores: np.ndarray  # float32 [examples, k], raw dot products; -inf where id is -1
 
 
-class Scored(NamedTuple):
-    """What a language model makes of the first answer of each of a list of examples.
-
-    Sums of log-probabilities (nats) over the answer's tokens.
-    """
-
-    log_p: np.ndarray  # float32 [examples, k], after each passage; -inf: none
-    log_p_alone: np.ndarray  # float32 [examples], without a passage
-    tokens: np.ndarray  # int32 [examples], tokens of the answer
-    characters: np.ndarray  # int32 [examples], characters of the answer
-
-
 class Packed(NamedTuple):
     """A packed batch for the language model; numpy on the host, jax on the mesh.
 

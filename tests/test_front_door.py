@@ -292,7 +292,7 @@ def test_answers_are_scored_from_what_the_chain_made(chain, door):
     manifest = json.loads((workdir / "scored" / "manifest.json").read_text())
     counts = manifest["counts"]
     questions = counts["train/train"] + counts["dev/dev"]
-    assert counts["sequences"] == 11 * questions
+    assert counts["pairs"] == 11 * questions
     shutil.rmtree(workdir / "scored")
 
 

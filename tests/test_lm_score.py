@@ -1,6 +1,6 @@
 """Scores of answers: those of transformers, whatever they are packed with."""
 
-import itertools
+import json
 import shutil
 
 import jax
@@ -27,22 +27,36 @@ MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
 def sequences(count, vocabulary=60):
-    """Prompts of random tokens and lengths; the last few tokens are the target."""
+    """Prompts of random tokens: one of a few beginnings, then their own.
+
+    The last few tokens are the target; some prompts have no beginning.
+    """
     rng = np.random.default_rng(0)
+
+    def draw(low, high):
+        return rng.integers(3, vocabulary, rng.integers(low, high)).tolist()
+
+    beginnings = [[], draw(1, 2), draw(9, 16), draw(9, 16)]
     found = []
     for _ in range(count):
-        tokens = rng.integers(3, vocabulary, rng.integers(6, 30)).tolist()
-        found.append(Prompt(tokens, len(tokens) - int(rng.integers(1, 5)), 0, 0))
+        beginning = beginnings[rng.integers(len(beginnings))]
+        question, target = draw(2, 12), draw(1, 5)
+        tokens = beginning + question + target
+        start = len(beginning)
+        found.append(Prompt(tokens, start, start + len(question), 0, 0))
     return found
 
 
 def scores(model, prompts, mixture=SMALL):
     sums = np.zeros(len(prompts))
-    for owned in scoring_batches(prompts, mixture):
-        batch = Packed(*map(sharding.put_rows, owned.batch))
-        log_BT = np.asarray(jax.jit(target_log_probabilities)(model, batch))
-        used = owned.owners_BT >= 0
-        np.add.at(sums, owned.owners_BT[used], log_BT[used])
+    score = jax.jit(target_log_probabilities)
+    for packed in scoring_batches(prompts, mixture):
+        batch = Packed(*map(sharding.put_rows, packed.batch))
+        log_BT = np.asarray(
+            score(model, batch, sharding.put_rows(packed.prefix_ids_BL))
+        )
+        used = packed.owners_BT >= 0
+        np.add.at(sums, packed.owners_BT[used], log_BT[used])
     return sums
 
 
@@ -89,14 +103,36 @@ def test_every_target_has_its_owner_and_empty_rows_have_none():
     batches = list(scoring_batches(prompts, SMALL))
     assert {b.batch.tokens_BL.shape for b in batches} == {(8, 48)}
     targets = {i: [] for i in range(len(prompts))}
-    for batch, owners_BT in batches:
+    for batch, _, owners_BT in batches:
         assert ((owners_BT >= 0) == (batch.weights_BT > 0)).all()
         for owner, target in zip(owners_BT.flat, batch.targets_BT.flat, strict=True):
             if owner >= 0:
                 targets[int(owner)].append(int(target))
     for i, prompt in enumerate(prompts):
         assert targets[i] == prompt.tokens[prompt.answer_start :]
-    assert any((owners_BT < 0).all(axis=1).any() for _, owners_BT in batches)
+    assert any((owners_BT < 0).all(axis=1).any() for *_, owners_BT in batches)
+
+
+def test_a_beginning_is_read_once_for_all_that_share_it():
+    prompts = [p for p in sequences(60) if p.question_start > 8]
+    long = SMALL._replace(row_tokens=1024, row_targets=256)
+    read = sum(
+        int((b.batch.segment_ids_BL > 0).sum()) for b in scoring_batches(prompts, long)
+    )
+    beginnings = {tuple(p.tokens[: p.question_start]) for p in prompts}
+    assert len(beginnings) == 2
+    own = sum(len(p.tokens) - p.question_start for p in prompts)
+    assert read == sum(map(len, beginnings)) + own
+    # In short rows it is read again where a row is full, and never cut.
+    short = list(scoring_batches(prompts, SMALL))
+    assert sum(int((b.batch.segment_ids_BL > 0).sum()) for b in short) > read
+
+
+def test_what_does_not_fit_into_a_row_is_refused():
+    (prompt,) = sequences(1)
+    long = prompt._replace(tokens=prompt.tokens * 20)
+    with pytest.raises(ValueError, match=r"sequence 1: \d+ tokens, .* do not fit into"):
+        list(scoring_batches([prompt, long], SMALL))
 
 
 @pytest.fixture(scope="module")
@@ -120,41 +156,42 @@ def small_config(tiny_config, workdir, **changes):
 
 
 def read(workdir, split, name):
-    files = sorted((workdir / "scored" / split / name).glob("shard-*.npz"))
-    shards = [np.load(file) for file in files]
-    return {key: np.concatenate([s[key] for s in shards]) for key in shards[0]}, files
+    return dict(np.load(workdir / "scored" / split / name / "scores.npz"))
 
 
 def test_the_stage_scores_each_answer_after_each_passage_and_alone(scored):
     config, workdir = scored
     tokenizer = load_tokenizer(config.lm)
     store = PassageStore(workdir / "passages")
-    (name, (examples, found)), *_ = read_retrieved(workdir, "train").items()
-    arrays, files = read(workdir, "train", name)
-    assert len(files) == -(-len(examples) // config.lm_score.shard_size) > 1
-    assert arrays["log_p"].shape == (len(examples), config.lm_score.passages)
-    np.testing.assert_array_equal(arrays["ids"], found.ids)
-    for i in (0, 1, len(examples) - 1):
-        example = examples[i]
-        texts = ["", *(p.display for p in store.get(found.ids[i]))]
-        prompts = [
-            render(
-                tokenizer,
-                example.question,
-                128,
-                passage=text,
-                answer=example.answers[0],
-                eos=False,
-            )
-            for text in texts
-        ]
-        expected = published_scores(config.lm, prompts)
-        found_scores = [arrays["log_p_alone"][i], *arrays["log_p"][i]]
-        np.testing.assert_allclose(found_scores, expected, atol=1e-3)
-        assert arrays["tokens"][i] == len(prompts[0].tokens) - prompts[0].answer_start
-        assert arrays["characters"][i] == len(example.answers[0])
-        # Otherwise the comparison would show nothing.
-        assert np.ptp(arrays["log_p"][i]) > 1e-3
+    for split in config.lm_score.splits:
+        (name, (examples, found)), *_ = read_retrieved(workdir, split).items()
+        arrays = read(workdir, split, name)
+        assert arrays["log_p"].shape == (len(examples), config.lm_score.passages)
+        np.testing.assert_array_equal(arrays["ids"], found.ids)
+        for i in (0, 1, len(examples) - 1):
+            example = examples[i]
+            prompts = [
+                render(
+                    tokenizer,
+                    example.question,
+                    128,
+                    passage=text,
+                    answer=example.answers[0],
+                    eos=False,
+                )
+                for text in ["", *(p.display for p in store.get(found.ids[i]))]
+            ]
+            expected = published_scores(config.lm, prompts)
+            ours = [arrays["log_p_alone"][i], *arrays["log_p"][i]]
+            np.testing.assert_allclose(ours, expected, atol=1e-3)
+            size = len(prompts[0].tokens) - prompts[0].answer_start
+            assert arrays["tokens"][i] == size
+            assert arrays["characters"][i] == len(example.answers[0])
+            # Otherwise the comparison would show nothing.
+            assert np.ptp(arrays["log_p"][i]) > 1e-3
+    assert not (workdir / "scored" / "shards").exists()
+    manifest = json.loads((workdir / "scored" / "manifest.json").read_text())
+    assert 0.2 < manifest["counts"]["tokens_read_once"] < 1
 
 
 def test_it_goes_on_at_the_first_missing_shard(
@@ -162,47 +199,58 @@ def test_it_goes_on_at_the_first_missing_shard(
 ):
     workdir = shutil.copytree(retrieved, tmp_path / "work", symlinks=True)
     config = small_config(tiny_config, workdir)
-    real, calls = lm_score.Scorer.__call__, itertools.count()
+    real, calls = lm_score.Scorer.__call__, []
 
-    def fail_the_third_time(self, *arguments):
-        if next(calls) == 2:
+    def fail_the_third_time(self, pairs, advance):
+        calls.append(len(pairs))
+        if len(calls) == 3:
             raise OSError("the machine is gone")
-        return real(self, *arguments)
+        return real(self, pairs, advance)
 
     monkeypatch.setattr(lm_score.Scorer, "__call__", fail_the_third_time)
     with pytest.raises(OSError, match="the machine is gone"):
         run("lm_score", lm_score.STAGE, config)
-    done = {file: file.stat().st_mtime_ns for file in workdir.rglob("shard-*.npz")}
-    kept = [file.name for file in done if "scored.partial" in str(file)]
-    assert len(kept) == 2
+    assert len(list(workdir.glob("scored.partial-*/shards/*.npz"))) == 2
     assert not (workdir / "scored").exists()
     run("lm_score", lm_score.STAGE, config)
     _, whole = scored
+    total = 0
     for split in config.lm_score.splits:
-        for name in read_retrieved(workdir, split):
-            ours, _ = read(workdir, split, name)
-            theirs, _ = read(whole, split, name)
+        for name, (examples, found) in read_retrieved(workdir, split).items():
+            ours, theirs = read(workdir, split, name), read(whole, split, name)
             for key in theirs:
                 np.testing.assert_array_equal(ours[key], theirs[key])
-    stamps = {file.stat().st_mtime_ns for file in workdir.rglob("scored/**/*.npz")}
-    partial = [t for file, t in done.items() if "scored.partial" in str(file)]
-    assert set(partial) <= stamps
+            total += len(examples) + found.ids.size
+    # The third call was made twice, the first two were not made again.
+    assert sum(calls) - calls[2] == total
+    assert calls[2] == calls[3]
 
 
-def test_missing_passages_have_no_score(scored):
-    config, workdir = scored
-    (_, (examples, found)), *_ = read_retrieved(workdir, "dev").items()
-    store = PassageStore(workdir / "passages")
-    with jax.set_mesh(sharding.make_mesh()):
-        scorer = lm_score.Scorer(
-            config, load_llama(config.lm), load_tokenizer(config.lm)
-        )
-        texts = [p.display for p in store.get(found.ids[0])]
-        few = scorer(examples[:1], [texts[:2]])
-        all_ = scorer(examples[:1], [texts])
-    assert np.isneginf(few.log_p[0, 2:]).all()
-    np.testing.assert_allclose(few.log_p[0, :2], all_.log_p[0, :2], atol=1e-5)
-    assert np.isfinite(all_.log_p[0]).all()
+def test_pairs_stand_by_passage_and_missing_passages_are_none():
+    ids = np.array([[7, 5], [5, -1]])
+    pairs = lm_score.all_pairs(ids)
+    assert np.stack(pairs).T.tolist() == [
+        [0, -1, -1],
+        [1, -1, -1],
+        [0, 1, 5],
+        [1, 0, 5],
+        [0, 0, 7],
+    ]
+
+
+def test_fewer_passages_than_asked_for_have_no_score(retrieved, tiny_config, tmp_path):
+    workdir = shutil.copytree(retrieved, tmp_path / "work", symlinks=True)
+    for file in workdir.glob("retrieved/dev/*/shard-*.npz"):
+        arrays = dict(np.load(file))
+        arrays["ids"][0, 2:], arrays["scores"][0, 2:] = -1, -np.inf
+        np.savez(file, **arrays)
+    config = small_config(tiny_config, workdir, splits=("dev",))
+    run("lm_score", lm_score.STAGE, config)
+    (name, _), *_ = read_retrieved(workdir, "dev").items()
+    found = read(workdir, "dev", name)
+    assert np.isneginf(found["log_p"][0, 2:]).all()
+    assert np.isfinite(found["log_p"][0, :2]).all()
+    assert np.isfinite(found["log_p"][1:]).all()
 
 
 def test_eos_is_scored_when_asked_for(scored, tiny_config):
@@ -215,10 +263,10 @@ def test_eos_is_scored_when_asked_for(scored, tiny_config):
             scorer = lm_score.Scorer(
                 changed, load_llama(config.lm), load_tokenizer(config.lm)
             )
-            both.append(scorer(examples[:1], [[]]))
-    without, with_ = both
-    assert with_.tokens[0] == without.tokens[0] + 1
-    assert with_.log_p_alone[0] < without.log_p_alone[0]
+            both.append(scorer([(examples[0], "")]))
+    (without, size), (with_, size_with) = both
+    assert size_with[0] == size[0] + 1
+    assert with_[0] < without[0]
 
 
 @pytest.mark.parametrize(
@@ -250,11 +298,12 @@ def test_bfloat16_stays_near(lm):
     with jax.set_mesh(sharding.make_mesh()):
         model = load_llama(lm)
         exact = scores(model, prompts)
-        (owned,) = scoring_batches(prompts, SMALL)
-        batch = Packed(*map(sharding.put_rows, owned.batch))
-        log_BT = target_log_probabilities(model, batch, jnp.bfloat16)
+        (packed,) = scoring_batches(prompts, SMALL)
+        batch = Packed(*map(sharding.put_rows, packed.batch))
+        prefix_ids_BL = sharding.put_rows(packed.prefix_ids_BL)
+        log_BT = target_log_probabilities(model, batch, prefix_ids_BL, jnp.bfloat16)
     assert log_BT.dtype == jnp.float32
     sums = np.zeros(8)
-    used = owned.owners_BT >= 0
-    np.add.at(sums, owned.owners_BT[used], np.asarray(log_BT)[used])
+    used = packed.owners_BT >= 0
+    np.add.at(sums, packed.owners_BT[used], np.asarray(log_BT)[used])
     np.testing.assert_allclose(sums, exact, rtol=0.03)

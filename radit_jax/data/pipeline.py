@@ -5,6 +5,7 @@ is Grain's own iterator state, saved with every checkpoint.
 """
 
 import difflib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -373,43 +374,39 @@ def pack_all(source: Sequence[dict], mixture: Mixture, rows: int) -> Iterator[Pa
         yield Packed(*(np.stack(fields) for fields in zip(*chosen, strict=True)))
 
 
-class Owned(NamedTuple):
-    """A packed batch whose sites know the sequence that they are of."""
+class ScoringBatch(NamedTuple):
+    """Sequences packed to be scored; numpy."""
 
     batch: Packed
-    owners_BT: np.ndarray  # int32, place of the sequence; -1 where the site is unused
+    # int32, the segment that holds the beginning of a token's sequence; 0: its own.
+    prefix_ids_BL: np.ndarray
+    owners_BT: np.ndarray  # int32, place of the sequence a site is of; -1: unused
 
 
 def scoring_batches(
     sequences: Sequence[prompts.Prompt], mixture: Mixture
-) -> Iterator[Owned]:
-    """Sequences packed to be scored, each once, in batches of ``mixture.rows``; empty
-    rows fill up the last.
+) -> Iterator[ScoringBatch]:
+    """Sequences packed to be scored, in batches of ``mixture.rows``; empty rows fill up
+    the last.
+
+    Sequences with the same beginning (<bos> and background) share it: a passage is read
+    once for all the questions asked about it.
 
     Raises:
-        ValueError: a target is longer than ``row_targets``; the sequence is named by
-            its place.
+        ValueError: a sequence is longer than a row or its target than ``row_targets``;
+            it is named by its place.
     """
-    source = []
-    for place, prompt in enumerate(sequences):
-        row = features(
-            prompt.tokens, prompt.answer_start, mixture.row_targets, f"sequence {place}"
-        )
-        source.append(row | {"owners": np.full_like(row["sites"], place)})
-    lengths = {"tokens": mixture.row_tokens} | dict.fromkeys(
-        ("sites", "targets", "owners"), mixture.row_targets
-    )
-    order = grain.MapDataset.source(source).to_iter_dataset()
-    bins = max(mixture.packing_bins, mixture.rows)
-    rows = [
-        Owned(
-            packed, np.where(packed.weights_BT > 0, row["owners"], -1).astype(np.int32)
-        )
-        for row in _first_fit(order, lengths, bins, mixture.seed)
-        for packed in [_absolute_sites(row)]
+    bundles = [
+        _bundle(beginning, part)
+        for beginning, places in _by_beginning(sequences).items()
+        for part in _parts(len(beginning), places, sequences, mixture)
     ]
-    for start in range(0, len(rows), mixture.rows):
-        chosen = rows[start : start + mixture.rows]
+    lengths = dict.fromkeys(("tokens", "parts", "places"), mixture.row_tokens)
+    lengths |= dict.fromkeys(("sites", "targets", "owners"), mixture.row_targets)
+    order = grain.MapDataset.source(bundles).to_iter_dataset()
+    bins = max(mixture.packing_bins, mixture.rows)
+    rows = map(_scoring_row, _first_fit(order, lengths, bins, mixture.seed))
+    while chosen := list(itertools.islice(rows, mixture.rows)):
         short = mixture.rows - len(chosen)
         batch = Packed(
             *(
@@ -417,9 +414,103 @@ def scoring_batches(
                 for fields in zip(*(row.batch for row in chosen), strict=True)
             )
         )
+        prefixes = np.stack([row.prefix_ids_BL for row in chosen])
         owners = np.stack([row.owners_BT for row in chosen])
-        owners_BT = np.pad(owners, [(0, short), (0, 0)], constant_values=-1)
-        yield Owned(batch, owners_BT)
+        yield ScoringBatch(
+            batch,
+            np.pad(prefixes, [(0, short), (0, 0)]),
+            np.pad(owners, [(0, short), (0, 0)], constant_values=-1),
+        )
+
+
+def _by_beginning(
+    sequences: Sequence[prompts.Prompt],
+) -> dict[tuple[int, ...], list[int]]:
+    """Places of the sequences that begin alike."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, prompt in enumerate(sequences):
+        beginning = tuple(prompt.tokens[: prompt.question_start])
+        groups.setdefault(beginning, []).append(place)
+    return groups
+
+
+def _parts(
+    beginning: int,
+    places: Sequence[int],
+    sequences: Sequence[prompts.Prompt],
+    mixture: Mixture,
+) -> Iterator[list[tuple[int, prompts.Prompt]]]:
+    """The sequences of one beginning, as many at a time as a row has room for."""
+    part: list[tuple[int, prompts.Prompt]] = []
+    tokens, targets = beginning, 0
+    for place in places:
+        prompt = sequences[place]
+        more = len(prompt.tokens) - beginning
+        answer = len(prompt.tokens) - prompt.answer_start
+        if beginning + more > mixture.row_tokens or answer > mixture.row_targets:
+            raise ValueError(
+                f"sequence {place}: {beginning + more} tokens, {answer} of them the "
+                f"target, do not fit into row_tokens = {mixture.row_tokens} with "
+                f"row_targets = {mixture.row_targets}"
+            )
+        full = tokens + more > mixture.row_tokens
+        if part and (full or targets + answer > mixture.row_targets):
+            yield part
+            part, tokens, targets = [], beginning, 0
+        part.append((place, prompt))
+        tokens, targets = tokens + more, targets + answer
+    yield part
+
+
+def _bundle(
+    beginning: tuple[int, ...], part: Sequence[tuple[int, prompts.Prompt]]
+) -> dict:
+    """What is packed of sequences with one beginning, which is part 0 of it."""
+    size = len(beginning)
+    tokens, parts, places = [*beginning], [0] * size, [*range(size)]
+    sites: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for number, (place, prompt) in enumerate(part, 1):
+        shift = len(tokens) - size
+        for at in range(max(prompt.answer_start, 1), len(prompt.tokens)):
+            # The token before the first one of a part is the last of the beginning.
+            sites.append(at - 1 + (shift if at > size else 0))
+            targets.append(prompt.tokens[at])
+            owners.append(place)
+        tokens += prompt.tokens[size:]
+        places += range(size, len(prompt.tokens))
+        parts += [number] * (len(prompt.tokens) - size)
+    named = {
+        "tokens": tokens,
+        "parts": parts,
+        "places": places,
+        "sites": sites,
+        "targets": targets,
+        "owners": owners,
+    }
+    return {name: np.asarray(values, np.int32) for name, values in named.items()}
+
+
+def _scoring_row(row: dict) -> ScoringBatch:
+    """Every part of every bundle becomes a segment of its own."""
+    packed = _absolute_sites(row)
+    bundles = packed.segment_ids_BL
+    used = bundles > 0
+    # Numbers of (bundle, part) in order of appearance, from 1.
+    pairs = bundles.astype(np.int64) * (row["tokens"].size + 1) + row["parts"]
+    starts = used & np.diff(pairs, prepend=-1).astype(bool)
+    segments = np.where(used, np.cumsum(starts), 0).astype(np.int32)
+    begins = np.zeros(bundles.max() + 1, np.int32)
+    is_beginning = used & (row["parts"] == 0)
+    begins[bundles[is_beginning]] = segments[is_beginning]
+    return ScoringBatch(
+        packed._replace(
+            segment_ids_BL=segments, positions_BL=row["places"].astype(np.int32)
+        ),
+        np.where(used, begins[bundles], 0).astype(np.int32),
+        np.where(packed.weights_BT > 0, row["owners"], -1).astype(np.int32),
+    )
 
 
 def padding_share(batch: Any) -> float:

@@ -27,9 +27,8 @@ class Prompt(NamedTuple):
     """A tokenised prompt, and how it was made to fit."""
 
     tokens: list[int]
-    answer_start: (
-        int  # tokens from here on are the answer; = len(tokens) if there is none
-    )
+    question_start: int  # tokens before it are <bos> and the background
+    answer_start: int  # from here on: the answer; = len(tokens) if there is none
     passage_cut: int  # passage tokens dropped
     question_cut: int  # question tokens dropped, once no passage was left to cut
 
@@ -101,5 +100,12 @@ def render(
     background = tokenizer.encode(f"Background: {passage}") if passage else []
     passage_cut = max(len(background) - (room - len(middle)), 0)
     background = background[: len(background) - passage_cut]
-    tokens = start + background + middle + target
-    return Prompt(tokens, len(tokens) - len(target), passage_cut, question_cut)
+    beginning = start + background
+    tokens = beginning + middle + target
+    return Prompt(
+        tokens,
+        len(beginning),
+        len(tokens) - len(target),
+        passage_cut,
+        question_cut,
+    )

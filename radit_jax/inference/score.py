@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from radit_jax import losses
 from radit_jax.batch import Packed
@@ -12,14 +12,25 @@ from radit_jax.models.llama import Llama
 
 
 def target_log_probabilities(
-    model: Llama, batch: Packed, dtype: DTypeLike = jnp.float32, remat: str = "none"
+    model: Llama,
+    batch: Packed,
+    prefix_ids_BL: Int[Array, "B L"] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
 ) -> Float[Array, "B T"]:
     """Log-probability (nats) of the token that follows each site, in float32.
 
     The output head runs at the sites alone. What stands at unused sites means nothing;
     weigh it with ``batch.weights_BT``.
+
+    Args:
+        model: on the current mesh.
+        batch: packed rows.
+        prefix_ids_BL: where segments share a beginning, see ``Layout``.
+        dtype: of compute.
+        remat: as of ``Llama.hidden``.
     """
-    layout = Layout(batch.segment_ids_BL, batch.positions_BL)
+    layout = Layout(batch.segment_ids_BL, batch.positions_BL, prefix_ids_BL)
     hidden_BLD = model.hidden(batch.tokens_BL, layout, dtype, remat)
     logits_BTV = model.logits(pick(hidden_BLD, batch.sites_BT))
     return losses.token_log_probabilities(logits_BTV, batch.targets_BT)

@@ -2,7 +2,8 @@
 
 Who may attend to whom is said in one way everywhere: equal, non-zero segment ids,
 and, for a causal model, a key position not after the query's. Packing, padding on
-either side and the unwritten part of a KV cache are all cases of it.
+either side and the unwritten part of a KV cache are all cases of it. Several segments
+may also go on from one beginning that stands in the row once.
 """
 
 import functools
@@ -27,13 +28,19 @@ class Layout(NamedTuple):
 
     segment_ids_BL: Int[Array, "B L"]  # 0: padding, attends to nothing
     positions_BL: Int[Array, "B L"]
+    # Of queries: a second segment that they attend to, 0 for none; the beginning that
+    # their own segment goes on from.
+    prefix_ids_BL: Int[Array, "B L"] | None = None
 
 
 def attention_mask(queries: Layout, keys: Layout, causal: bool) -> Bool[Array, "B L M"]:
     """True where a query may attend to a key."""
     query_segment = queries.segment_ids_BL[:, :, None]
     key_segment = keys.segment_ids_BL[:, None, :]
-    mask = (query_segment == key_segment) & (key_segment != 0)
+    mask = query_segment == key_segment
+    if queries.prefix_ids_BL is not None:
+        mask |= queries.prefix_ids_BL[:, :, None] == key_segment
+    mask &= key_segment != 0
     if causal:
         mask &= keys.positions_BL[:, None, :] <= queries.positions_BL[:, :, None]
     return mask

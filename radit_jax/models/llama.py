@@ -221,7 +221,11 @@ class Llama(nnx.Module):
         keys, values = (
             jnp.pad(x_SBGLK, ((0, 0),) * 3 + ((0, more), (0, 0))) for x_SBGLK in kept
         )
-        slots = Layout(*(jnp.pad(x_BL, ((0, 0), (0, more))) for x_BL in layout))
+        segments_BL, positions_BL = (
+            jnp.pad(x_BL, ((0, 0), (0, more)))
+            for x_BL in (layout.segment_ids_BL, layout.positions_BL)
+        )
+        slots = Layout(segments_BL, positions_BL)
         return hidden_BLD, Cache(keys, values, slots)
 
     def extend(

@@ -68,7 +68,7 @@ def answer_loss(
     model: Llama, batch: Packed, dtype: jnp.dtype, remat: str
 ) -> dict[str, Float[Array, ""]]:
     """Summed negative log-likelihood of a batch's targets, and their number."""
-    log_BT = target_log_probabilities(model, batch, dtype, remat)
+    log_BT = target_log_probabilities(model, batch, dtype=dtype, remat=remat)
     return {
         "nll": -jnp.sum(log_BT * batch.weights_BT),
         "targets": jnp.sum(batch.weights_BT),

@@ -1,29 +1,30 @@
 """Stage ``lm_score``: retrieved/ and a language model -> scored/, for R-FT.
 
 For every question and each of its passages, log p_LM(answer | passage, question), and
-the same without a passage (RA-DIT section 2.3). The model is frozen; everything is
-packed into rows of one shape, so that one program scores it all.
+the same without a passage (RA-DIT section 2.3). The model is frozen. Questions that
+retrieved the same passage stand together and read it once; everything is packed into
+rows of one shape, so that one program scores it all.
 """
 
 import functools
-import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from radit_jax import sharding
-from radit_jax.batch import Example, Packed, Scored
+from radit_jax.batch import Example, Packed, Retrieved
 from radit_jax.data import pipeline, prompts
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.inference.score import target_log_probabilities
 from radit_jax.models.huggingface import check_vocabulary, load_llama
 from radit_jax.models.llama import Llama
-from radit_jax.stages.retrieve import SPLITS, read_retrieved
+from radit_jax.stages.retrieve import SPLITS, read_retrieved, write_arrays
 from radit_jax.stages.stage import (
     Stage,
     compute_dtype,
@@ -32,8 +33,6 @@ from radit_jax.stages.stage import (
     section,
 )
 from radit_jax.tracker import progress
-
-log = logging.getLogger(__name__)
 
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
@@ -92,7 +91,8 @@ class Scorer:
         self._log_probabilities = jax.jit(
             functools.partial(target_log_probabilities, dtype=compute_dtype(config))
         )
-        self.tokens = self.slots = 0  # scored so far, and what they took in rows
+        # Tokens of all pairs, those read, and the room of all rows.
+        self.alone = self.read = self.slots = 0
 
     def render(self, example: Example, passage: str) -> prompts.Prompt:
         """A question with its first answer, after a passage ("" for none).
@@ -123,62 +123,67 @@ class Scorer:
 
     def __call__(
         self,
-        examples: Sequence[Example],
-        passages: Sequence[Sequence[str]],
+        pairs: Sequence[tuple[Example, str]],
         advance: Callable[[int], None] = lambda n: None,
-    ) -> Scored:
-        """Scores of the examples.
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Score examples, each after a text ("" for none).
 
         Args:
-            examples: questions with answers.
-            passages: texts of each one's passages, best first.
-            advance: called with the number of sequences just scored.
+            pairs: those with the same text read it once; let them stand together.
+            advance: called with the number of pairs just scored.
+
+        Returns:
+            Sum of the answer's log-probabilities in nats, float32, and number of its
+            tokens, int32, of every pair.
         """
-        k = self.config.passages
-        found = Scored(
-            log_p=np.full((len(examples), k), -np.inf, np.float32),
-            log_p_alone=np.zeros(len(examples), np.float32),
-            tokens=np.zeros(len(examples), np.int32),
-            characters=np.array([len(e.answers[0]) for e in examples], np.int32),
-        )
-        sequences, places = [], []
-        for row, (example, texts) in enumerate(zip(examples, passages, strict=True)):
-            for column, text in enumerate(["", *texts[:k]]):
-                sequences.append(self.render(example, text))
-                places.append((row, column - 1))
-            # The same after every passage: the answer is tokenised apart from it.
-            found.tokens[row] = len(sequences[-1].tokens) - sequences[-1].answer_start
-        sums = np.zeros(len(sequences), np.float64)
-        late: tuple[jax.Array, pipeline.Owned] | None = None
-        for owned in pipeline.scoring_batches(sequences, self.mixture):
-            on_mesh = Packed(*map(sharding.put_rows, owned.batch))
-            log_BT = self._log_probabilities(self.model, on_mesh)
-            self.tokens += int((owned.batch.segment_ids_BL > 0).sum())
-            self.slots += owned.batch.tokens_BL.size
+        sequences = [self.render(example, text) for example, text in pairs]
+        sizes = [len(s.tokens) - s.answer_start for s in sequences]
+        self.alone += sum(len(s.tokens) for s in sequences)
+        sums = np.zeros(len(pairs), np.float64)
+        late: tuple[jax.Array, np.ndarray] | None = None
+        for packed in pipeline.scoring_batches(sequences, self.mixture):
+            on_mesh = Packed(*map(sharding.put_rows, packed.batch))
+            prefix_ids_BL = sharding.put_rows(packed.prefix_ids_BL)
+            log_BT = self._log_probabilities(self.model, on_mesh, prefix_ids_BL)
+            self.read += int((packed.batch.segment_ids_BL > 0).sum())
+            self.slots += packed.batch.tokens_BL.size
             # The device works on this batch while the one before is added up.
             if late is not None:
-                advance(self._add(sums, *late))
-            late = log_BT, owned
+                advance(_add(sums, *late))
+            late = log_BT, packed.owners_BT
         if late is not None:
-            advance(self._add(sums, *late))
-        for (row, column), total in zip(places, sums, strict=True):
-            if column < 0:
-                found.log_p_alone[row] = total
-            else:
-                found.log_p[row, column] = total
-        return found
+            advance(_add(sums, *late))
+        return sums.astype(np.float32), np.asarray(sizes, np.int32)
 
-    @staticmethod
-    def _add(sums: np.ndarray, log_BT: jax.Array, owned: pipeline.Owned) -> int:
-        """Add a batch's log-probabilities to their sequences; how many there were."""
-        used = owned.owners_BT >= 0
-        owners = owned.owners_BT[used]
-        np.add.at(sums, owners, np.asarray(log_BT)[used].astype(np.float64))
-        return len(np.unique(owners))
+
+def _add(sums: np.ndarray, log_BT: jax.Array, owners_BT: np.ndarray) -> int:
+    """Add a batch's log-probabilities to their sequences; how many there were."""
+    used = owners_BT >= 0
+    np.add.at(sums, owners_BT[used], np.asarray(log_BT)[used].astype(np.float64))
+    return len(np.unique(owners_BT[used]))
+
+
+class Pairs(NamedTuple):
+    """Everything to be scored, in the order in which it is: by passage."""
+
+    examples: np.ndarray  # int64, place among the examples of all datasets
+    columns: np.ndarray  # int64, rank of the passage; -1: without one
+    passages: np.ndarray  # int64, passage id; -1: without one
+
+
+def all_pairs(ids_BC: np.ndarray) -> Pairs:
+    """Every example without a passage and with each of its own [examples, k]."""
+    ids_BC = np.concatenate([np.full((len(ids_BC), 1), -1), ids_BC], axis=1)
+    wanted = ids_BC >= 0
+    wanted[:, 0] = True
+    examples, columns = np.nonzero(wanted)
+    passages = ids_BC[examples, columns]
+    order = np.lexsort((columns, examples, passages))
+    return Pairs(examples[order], columns[order] - 1, passages[order])
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
-    """Score shard by shard; a shard that is there is kept."""
+    """Score shard by shard, a shard that is there is kept; then sort by example."""
     check_settings(config)
     workdir = Path(config.workdir)
     store = PassageStore(workdir / "passages")
@@ -190,37 +195,71 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         for name, part in read_retrieved(workdir, split).items()
     }
     k, size = config.lm_score.passages, config.lm_score.shard_size
-    total = sum(
-        len(examples) + int((found.ids[:, :k] >= 0).sum())
-        for examples, found in parts.values()
-    )
-    counts = {}
-    with progress(total, "lm_score", "sequences") as bar:
-        for (split, name), (examples, found) in parts.items():
-            counts[f"{split}/{name}"] = len(examples)
-            target = folder / split / name
-            target.mkdir(parents=True, exist_ok=True)
-            for start in range(0, len(examples), size):
-                file = target / f"shard-{start:09d}.npz"
-                chosen = slice(start, start + size)
-                ids_BC = found.ids[chosen, :k]
-                if file.exists():
-                    bar.skip(len(ids_BC) + int((ids_BC >= 0).sum()))
-                    continue
-                texts = [
-                    [passage.display for passage in store.get(ids[ids >= 0])]
-                    for ids in ids_BC
-                ]
-                _write(file, scorer(examples[chosen], texts, bar.update), ids_BC)
-    padding = 1 - scorer.tokens / scorer.slots if scorer.slots else 0.0
-    return {**counts, "sequences": total, "padding": round(padding, 4)}
+    examples = [example for part, _ in parts.values() for example in part]
+    ids_BC = np.concatenate([found.ids[:, :k] for _, found in parts.values()])
+    pairs = all_pairs(ids_BC)
+    shards = folder / "shards"
+    shards.mkdir(exist_ok=True)
+    files = []
+    with progress(len(pairs.examples), "lm_score", "pairs") as bar:
+        for start in range(0, len(pairs.examples), size):
+            part = Pairs(*(array[start : start + size] for array in pairs))
+            files.append(shards / f"{start:012d}.npz")
+            if files[-1].exists():
+                bar.skip(len(part.examples))
+                continue
+            read = np.unique(part.passages[part.passages >= 0])
+            texts = {p.id: p.display for p in store.get(read)} | {-1: ""}
+            log_p, tokens = scorer(
+                [
+                    (examples[example], texts[int(passage)])
+                    for example, passage in zip(
+                        part.examples, part.passages, strict=True
+                    )
+                ],
+                bar.update,
+            )
+            write_arrays(files[-1], log_p=log_p, tokens=tokens)
+    _write_scores(folder, parts, ids_BC, pairs, files)
+    shutil.rmtree(shards)
+    counts: dict[str, Any] = {
+        f"{split}/{name}": len(part) for (split, name), (part, _) in parts.items()
+    }
+    if scorer.slots:
+        # Of this run: what an earlier one scored is not known.
+        counts["padding"] = round(1 - scorer.read / scorer.slots, 4)
+        counts["tokens_read_once"] = round(1 - scorer.read / scorer.alone, 4)
+    return counts | {"pairs": len(pairs.examples)}
 
 
-def _write(file: Path, scores: Scored, ids_BC: np.ndarray) -> None:
-    temporary = file.with_name(f"{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        np.savez(stream, ids=ids_BC, **scores._asdict())
-    temporary.rename(file)
+def _write_scores(
+    folder: Path,
+    parts: Mapping[tuple[str, str], tuple[list[Example], Retrieved]],
+    ids_BC: np.ndarray,
+    pairs: Pairs,
+    files: Sequence[Path],
+) -> None:
+    """Scores by example, one file per dataset."""
+    shards = [np.load(file) for file in files]
+    log_p_B1C = np.full((len(ids_BC), ids_BC.shape[1] + 1), -np.inf, np.float32)
+    at = pairs.examples, pairs.columns + 1
+    log_p_B1C[at] = np.concatenate([shard["log_p"] for shard in shards])
+    tokens_B = np.zeros(len(ids_BC), np.int32)
+    # The same after every passage: the answer is tokenised apart from it.
+    tokens_B[pairs.examples] = np.concatenate([shard["tokens"] for shard in shards])
+    end = 0
+    for (split, name), (examples, _) in parts.items():
+        start, end = end, end + len(examples)
+        target = folder / split / name
+        target.mkdir(parents=True, exist_ok=True)
+        write_arrays(
+            target / "scores.npz",
+            ids=ids_BC[start:end],
+            log_p=log_p_B1C[start:end, 1:],
+            log_p_alone=log_p_B1C[start:end, 0],
+            tokens=tokens_B[start:end],
+            characters=np.array([len(e.answers[0]) for e in examples], np.int32),
+        )
 
 
 STAGE = Stage("scored", ("passages", "retrieved"), ("lm",), settings, build)

@@ -117,18 +117,19 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
                             row_multiple=sharding.row_shards(),
                         )
                         found = index.search(queries_BE, config.retrieve.k)
-                        _write(file, found)
+                        write_arrays(file, ids=found.ids, scores=found.scores)
                     bar.update(len(part))
                 rows = (json.dumps(example._asdict()) for example in examples)
                 (target / "examples.jsonl").write_text("\n".join(rows) + "\n")
     return counts
 
 
-def _write(file: Path, found: Retrieved) -> None:
+def write_arrays(file: Path, **arrays: np.ndarray) -> None:
+    """An ``.npz`` file that is whole or not there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"{file.name}.tmp")
     with temporary.open("wb") as stream:
-        np.savez(stream, ids=found.ids, scores=found.scores)
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
     temporary.rename(file)
 
 
