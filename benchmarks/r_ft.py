@@ -35,7 +35,6 @@ from radit_jax.stages.lm_ft import flops_per_token
 from radit_jax.stages.lm_score import Scorer, all_pairs
 from radit_jax.stages.retrieve import read_retrieved
 
-
 SETTINGS = {  # those of configs/lm_score.py:demo
     "passages": 10,
     "bos": True,

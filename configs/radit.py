@@ -15,7 +15,16 @@ settings for LLaMA 7B.
 
 from ml_collections import ConfigDict
 
-from configs import corpus, evaluate, index, lm_ft, prepare, retrieve
+from configs import (
+    corpus,
+    evaluate,
+    index,
+    lm_ft,
+    lm_score,
+    prepare,
+    r_ft,
+    retrieve,
+)
 from configs.base import base
 
 
@@ -23,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """Every stage's section in one recipe."""
     config = base("radit", variant)
     config.stages = ("corpus", "index", "retrieve", "lm_ft", "evaluate")
-    for stage in (corpus, index, retrieve, lm_ft, evaluate):
+    for stage in (corpus, index, retrieve, lm_score, r_ft, lm_ft, evaluate):
         stage.section(config, variant)
     if variant in ("demo", "tiny"):
         prepare.section(config, variant)

@@ -5,6 +5,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then
+    if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      echo "error: Python 3.11 or later is needed; name one: PYTHON=python3.12 bash $0" >&2
+      exit 1
+    fi
     "${PYTHON:-python3}" -m venv .venv
   fi
   # shellcheck disable=SC1091

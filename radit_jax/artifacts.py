@@ -125,6 +125,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def check_inputs(folder: Path) -> None:
+    """Whether the artifacts beside a complete one are still those it was made from.
+
+    Raises:
+        ArtifactError: one of them was made anew since.
+    """
+    for name, key in read_manifest(folder)["inputs"].items():
+        now = read_manifest(folder.parent / name)["key"]
+        if now != key:
+            raise ArtifactError(
+                f"{folder} was made from {name} {key}, and {folder.parent / name} is "
+                f"now {now}; run the stage that makes {folder.name} again"
+            )
+
+
 def is_complete(plan: Plan) -> bool:
     """Whether the artifact is there and was made from the same settings and inputs."""
     manifest = plan.folder / MANIFEST

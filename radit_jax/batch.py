@@ -82,3 +82,12 @@ class Packed(NamedTuple):
     sites_BT: Array  # int32 index into L
     targets_BT: Array  # int32 token that follows the site
     weights_BT: Array  # float32; 0 where the site is unused
+
+
+class Candidates(NamedTuple):
+    """A batch for the retriever: questions and the passages to tell apart."""
+
+    tokens_BL: Array  # int32
+    mask_BL: Array  # bool, False: padding
+    passages_BCE: Array  # float32 embeddings; whatever where there is no passage
+    log_targets_BC: Array  # float32 log p_LSR; -1e30 where there is no passage

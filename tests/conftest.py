@@ -49,6 +49,18 @@ def retrieved(tmp_path_factory, tiny_config):
     return workdir
 
 
+@pytest.fixture(scope="session")
+def scored(retrieved, tiny_config, tmp_path_factory):
+    """A work folder of the tiny chain with ``lm_score`` besides; copy it to go on."""
+    from radit_jax.stages import lm_score
+    from radit_jax.stages.stage import run
+
+    workdir = tmp_path_factory.mktemp("scored") / "work"
+    shutil.copytree(retrieved, workdir, symlinks=True)
+    run("lm_score", lm_score.STAGE, tiny_config(workdir))
+    return workdir
+
+
 @pytest.fixture
 def workdir(retrieved, tmp_path):
     """A copy of ``retrieved`` of the test's own."""

@@ -135,32 +135,16 @@ def test_what_does_not_fit_into_a_row_is_refused():
         list(scoring_batches([prompt, long], SMALL))
 
 
-@pytest.fixture(scope="module")
-def scored(retrieved, tiny_config, tmp_path_factory):
-    """A work folder in which ``lm_score:tiny`` has run."""
-    workdir = tmp_path_factory.mktemp("scored") / "work"
-    shutil.copytree(retrieved, workdir, symlinks=True)
-    config = small_config(tiny_config, workdir)
-    run("lm_score", lm_score.STAGE, config)
-    return config, workdir
-
-
-def small_config(tiny_config, workdir, **changes):
-    from configs import lm_score as recipe
-
-    config = tiny_config(workdir)
-    with config.unlocked():
-        recipe.section(config, "tiny")
-    config.update_from_flattened_dict({f"lm_score.{k}": v for k, v in changes.items()})
-    return config
+def changed(tiny_config, workdir, **changes):
+    return tiny_config(workdir, **{f"lm_score.{k}": v for k, v in changes.items()})
 
 
 def read(workdir, split, name):
     return dict(np.load(workdir / "scored" / split / name / "scores.npz"))
 
 
-def test_the_stage_scores_each_answer_after_each_passage_and_alone(scored):
-    config, workdir = scored
+def test_the_stage_scores_each_answer_after_each_passage_and_alone(scored, tiny_config):
+    workdir, config = scored, tiny_config(scored)
     tokenizer = load_tokenizer(config.lm)
     store = PassageStore(workdir / "passages")
     for split in config.lm_score.splits:
@@ -198,7 +182,7 @@ def test_it_goes_on_at_the_first_missing_shard(
     scored, retrieved, tiny_config, tmp_path, monkeypatch
 ):
     workdir = shutil.copytree(retrieved, tmp_path / "work", symlinks=True)
-    config = small_config(tiny_config, workdir)
+    config = changed(tiny_config, workdir)
     real, calls = lm_score.Scorer.__call__, []
 
     def fail_the_third_time(self, pairs, advance):
@@ -213,11 +197,10 @@ def test_it_goes_on_at_the_first_missing_shard(
     assert len(list(workdir.glob("scored.partial-*/shards/*.npz"))) == 2
     assert not (workdir / "scored").exists()
     run("lm_score", lm_score.STAGE, config)
-    _, whole = scored
     total = 0
     for split in config.lm_score.splits:
         for name, (examples, found) in read_retrieved(workdir, split).items():
-            ours, theirs = read(workdir, split, name), read(whole, split, name)
+            ours, theirs = read(workdir, split, name), read(scored, split, name)
             for key in theirs:
                 np.testing.assert_array_equal(ours[key], theirs[key])
             total += len(examples) + found.ids.size
@@ -244,7 +227,7 @@ def test_fewer_passages_than_asked_for_have_no_score(retrieved, tiny_config, tmp
         arrays = dict(np.load(file))
         arrays["ids"][0, 2:], arrays["scores"][0, 2:] = -1, -np.inf
         np.savez(file, **arrays)
-    config = small_config(tiny_config, workdir, splits=("dev",))
+    config = changed(tiny_config, workdir, splits=("dev",))
     run("lm_score", lm_score.STAGE, config)
     (name, _), *_ = read_retrieved(workdir, "dev").items()
     found = read(workdir, "dev", name)
@@ -253,15 +236,14 @@ def test_fewer_passages_than_asked_for_have_no_score(retrieved, tiny_config, tmp
     assert np.isfinite(found["log_p"][1:]).all()
 
 
-def test_eos_is_scored_when_asked_for(scored, tiny_config):
-    config, workdir = scored
-    (_, (examples, _)), *_ = read_retrieved(workdir, "dev").items()
+def test_eos_is_scored_when_asked_for(retrieved, tiny_config):
+    (_, (examples, _)), *_ = read_retrieved(retrieved, "dev").items()
     both = []
     with jax.set_mesh(sharding.make_mesh()):
         for eos in (False, True):
-            changed = small_config(tiny_config, workdir, eos=eos)
+            config = changed(tiny_config, retrieved, eos=eos)
             scorer = lm_score.Scorer(
-                changed, load_llama(config.lm), load_tokenizer(config.lm)
+                config, load_llama(config.lm), load_tokenizer(config.lm)
             )
             both.append(scorer([(examples[0], "")]))
     (without, size), (with_, size_with) = both
@@ -278,16 +260,16 @@ def test_eos_is_scored_when_asked_for(scored, tiny_config):
         ({"row_targets": 1}, r"question .*: an answer of \d+ tokens is longer than"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(scored, tiny_config, changes, message):
-    _, workdir = scored
-    config = small_config(tiny_config, workdir, **changes)
+def test_settings_that_make_no_sense_are_refused(
+    workdir, tiny_config, changes, message
+):
+    config = changed(tiny_config, workdir, **changes)
     with pytest.raises(ValueError, match=message):
         run("lm_score", lm_score.STAGE, config)
 
 
-def test_rows_must_divide_over_the_mesh(scored, tiny_config):
-    _, workdir = scored
-    config = small_config(tiny_config, workdir, rows=12)
+def test_rows_must_divide_over_the_mesh(workdir, tiny_config):
+    config = changed(tiny_config, workdir, rows=12)
     config.mesh.data = 8
     with pytest.raises(ValueError, match=r"rows = 12 do not divide .* is 16"):
         run("lm_score", lm_score.STAGE, config)

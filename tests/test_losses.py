@@ -63,3 +63,98 @@ def test_huge_logits_stay_finite():
         )
     assert float(found_BT[0, 0]) == 0.0
     assert np.isfinite(found_BT).all()
+
+
+# --- R-FT -----------------------------------------------------------------------
+
+LOG_P = np.array([[-2.0, -9.0, -4.0], [-30.0, -31.0, -np.inf]], np.float32)
+TOKENS = np.array([2, 5], np.int32)
+SCORES = np.array([[0.3, 0.9, -0.2], [401.0, 399.5, 9e9]], np.float32)
+PRESENT = np.isfinite(LOG_P)
+
+
+def lsr(*settings):
+    return losses.lsr_log_target(jnp.asarray(LOG_P), jnp.asarray(TOKENS), *settings)
+
+
+def softmax(x, present):
+    x = np.where(present, x, -np.inf)
+    weights = np.exp(x - x.max(axis=-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("mode", "score"),
+    [
+        ("mean_log_probability", lambda sums, n: sums / n),
+        ("token_probability", lambda sums, n: np.exp(sums / n)),
+        ("sequence_probability", lambda sums, n: np.exp(sums)),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.01, 0.3])
+def test_lsr_targets_are_those_of_numpy(mode, score, temperature):
+    found = lsr(temperature, mode)
+    sums = np.where(PRESENT, LOG_P.astype(np.float64), 0)
+    expected = softmax(score(sums, TOKENS[:, None]) / temperature, PRESENT)
+    np.testing.assert_allclose(np.exp(found), expected, atol=1e-6)
+
+
+def test_an_unknown_score_mode_is_told():
+    with pytest.raises(ValueError, match="'mean' is not one of mean_log_probability"):
+        lsr(0.1, "mean")
+
+
+def kl(p, q):
+    return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_divergences_are_those_of_numpy_in_their_direction(reverse):
+    log_p = losses.retriever_log_probabilities(
+        jnp.asarray(SCORES), jnp.asarray(PRESENT), 0.5
+    )
+    log_q = lsr(0.3)
+    p = softmax(SCORES.astype(np.float64) / 0.5, PRESENT)
+    sums = np.where(PRESENT, LOG_P.astype(np.float64), 0)
+    q = softmax(sums / TOKENS[:, None] / 0.3, PRESENT)
+    pairs = ((log_q, log_p), (q, p)) if reverse else ((log_p, log_q), (p, q))
+    found = losses.divergence(*pairs[0])
+    np.testing.assert_allclose(found, kl(*pairs[1]).sum(-1), rtol=1e-4, atol=1e-6)
+    # Otherwise the two directions would not be told apart.
+    assert abs(kl(p, q).sum() - kl(q, p).sum()) > 0.1
+
+
+def test_the_gradient_is_the_analytic_one_and_spares_the_absent():
+    log_q = lsr(0.3)
+
+    def loss(scores):
+        log_p = losses.retriever_log_probabilities(scores, jnp.asarray(PRESENT), 1.0)
+        return losses.divergence(log_p, log_q).sum()
+
+    found = jax.grad(loss)(jnp.asarray(SCORES))
+    p = softmax(SCORES.astype(np.float64), PRESENT)
+    q = np.exp(np.asarray(log_q, np.float64))
+    each = np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300))
+    total = (p * each).sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, p * (each - total) * PRESENT, atol=1e-5)
+    assert found[1, 2] == 0
+
+
+def test_entropy_and_rank_correlation_by_hand():
+    uniform = jnp.log(jnp.full((1, 4), 0.25))
+    assert float(losses.entropy(uniform)[0]) == pytest.approx(np.log(4))
+    one = jnp.array([[0.0, losses.ABSENT, losses.ABSENT]])
+    assert float(losses.entropy(one)[0]) == 0
+    up, down = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[3.0, 2.0, 1.0]])
+    swapped = jnp.array([[2.0, 1.0, 3.0]])
+    gone = jnp.array([[1.0, 2.0, losses.ABSENT]])
+    cases = [
+        (up, up, 1),
+        (up, down, -1),
+        (up, swapped, 1 / 3),
+        (gone, down, -1),
+        (one, up, 0),
+    ]
+    for a, b, expected in cases:
+        found = losses.rank_correlation(a, b)
+        assert float(found[0]) == pytest.approx(expected)

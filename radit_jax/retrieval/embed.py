@@ -48,6 +48,19 @@ class Texts(Protocol):
         ...
 
 
+@runtime_checkable
+class Progress(Protocol):
+    """Who is told how far the work is."""
+
+    def skip(self, n: int) -> None:
+        """n passages had been done by an earlier run."""
+        ...
+
+    def update(self, n: int) -> None:
+        """n more passages are done."""
+        ...
+
+
 class EmbedStats(NamedTuple):
     """What one call of ``embed_passages`` did; shards found whole are not counted."""
 
@@ -150,7 +163,7 @@ def embed_passages(
     max_length: int = 512,
     row_multiple: int = 1,
     pad_id: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> EmbedStats:
     """Embeds every text into a store; shards that are already there are kept.
 
@@ -168,7 +181,7 @@ def embed_passages(
         row_multiple: rows of a batch are a multiple of this; over a mesh, the number
             of devices that share the rows.
         pad_id: token that fills a row up; its mask is False.
-        progress: called with the number of passages done, those found done included.
+        progress: told of the passages done.
 
     Returns:
         How much was done, how fast, and how much of it was padding.
@@ -192,7 +205,7 @@ def embed_passages(
         else:
             todo.append((path, start, stop))
     if progress and done:
-        progress(done)
+        progress.skip(done)
 
     def read(start: int, stop: int) -> list[list[int]]:
         return _tokenize(tokenize, [texts[i] for i in range(start, stop)])
@@ -213,7 +226,7 @@ def embed_passages(
                 rows[positions] = embeddings_BE
                 embedded += len(positions)
                 if progress:
-                    progress(done + embedded)
+                    progress.update(len(positions))
             assert rows is not None
             if width not in (None, rows.shape[1]):
                 raise ValueError(

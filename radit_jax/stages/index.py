@@ -100,13 +100,6 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         config, context_folder(config), config.index.max_tokens
     )
     with progress(len(store), "index", "passages") as bar:
-        done = 0
-
-        def advance(n: int) -> None:
-            nonlocal done
-            bar.update(n - done)
-            done = n
-
         stats = embed_passages(
             _Texts(store),
             tokenize,
@@ -116,7 +109,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             batch_tokens=config.index.batch_tokens,
             max_length=length,
             row_multiple=sharding.row_shards(),
-            progress=advance,
+            progress=bar,
         )
     built = build_index(
         config.index.kind,

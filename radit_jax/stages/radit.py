@@ -12,6 +12,7 @@ from radit_jax.stages import (
     lm_ft,
     lm_score,
     prepare,
+    r_ft,
     retrieve,
 )
 from radit_jax.stages.stage import Stage, check_required, existing, run
@@ -24,6 +25,7 @@ STAGES: dict[str, Stage] = {
     "index": index.STAGE,
     "retrieve": retrieve.STAGE,
     "lm_score": lm_score.STAGE,
+    "r_ft": r_ft.STAGE,
     "lm_ft": lm_ft.STAGE,
     "evaluate": evaluate.STAGE,
 }

@@ -107,7 +107,9 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
                 for start in range(0, len(examples), config.retrieve.shard_size):
                     part = examples[start : start + config.retrieve.shard_size]
                     file = target / f"shard-{start:09d}.npz"
-                    if not file.exists():
+                    if file.exists():
+                        bar.skip(len(part))
+                    else:
                         queries_BE = embed_queries(
                             [example.question for example in part],
                             tokenize,
@@ -118,7 +120,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
                         )
                         found = index.search(queries_BE, config.retrieve.k)
                         write_arrays(file, ids=found.ids, scores=found.scores)
-                    bar.update(len(part))
+                        bar.update(len(part))
                 rows = (json.dumps(example._asdict()) for example in examples)
                 (target / "examples.jsonl").write_text("\n".join(rows) + "\n")
     return counts
