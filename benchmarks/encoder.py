@@ -11,7 +11,6 @@ the best a careful user would do. Repeats take turns.
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 from peer_env import ensure
-from workers import Peer, interleaved, median
+from workers import OURS, Peer, interleaved, median
 
 from radit_jax import sharding
 from radit_jax.data.corpus import PassageStore
@@ -93,16 +92,13 @@ def main() -> None:
                 ("the same, memory kept", True),
             )
         }
-        runs = {"radit_jax": Ours(folder, texts, options.batch_tokens), **peers}
-        pids = [os.getpid(), *(peer.pid for peer in peers.values())]
-        found = interleaved(runs, options.repeats, 1, pids)
-        for peer in peers.values():
-            peer.close()
+        ours = Ours(folder, texts, options.batch_tokens)
+        found = interleaved(ours, peers, options.repeats)
     seconds = {name: median(results, "seconds") for name, results in found.items()}
     for name, spent in seconds.items():
-        ratio = spent / seconds["radit_jax"]
+        ratio = spent / seconds[OURS]
         print(f"{name:24s} {len(texts) / spent:7.1f} passages/s   ours is {ratio:.2f}x")
-    last = found["radit_jax"][-1]
+    last = found[OURS][-1]
     print(f"padding {100 * last['padding']:.1f} %, {last['shapes']} programs")
 
 

@@ -14,7 +14,6 @@ stream, about 7 % is padding.
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from peer_env import ensure
-from workers import Peer, interleaved, median
+from workers import OURS, Peer, interleaved, median
 
 from radit_jax import optim, sharding
 from radit_jax.batch import Packed
@@ -159,10 +158,7 @@ def main() -> None:
                 )
                 for style in ("trainer", "careful")
             }
-            pids = [os.getpid(), *(peer.pid for peer in peers.values())]
-            found = interleaved({"radit_jax": ours, **peers}, options.repeats, 1, pids)
-            for peer in peers.values():
-                peer.close()
+            found = interleaved(ours, peers, options.repeats)
             report(ours, warm, packed, found)
 
 
@@ -175,17 +171,17 @@ def report(ours: Ours, warm: float, packed: list[Packed], found: dict) -> None:
         for name, results in found.items()
     }
     for name, speed in speeds.items():
-        ratio = speeds["radit_jax"] / speed
+        ratio = speeds[OURS] / speed
         print(f"{name:28s} {speed:7.1f} useful tokens/s   ours is {ratio:.2f}x")
-    last = found["radit_jax"][-1]
+    last = found[OURS][-1]
     flops = flops_per_token(
         ours.model.config,
         last["useful_tokens"] / PER_STEP,
         last["targets"] / last["useful_tokens"],
     )
     peak = hardware.measured_matmul(jnp.dtype(jnp.float32))
-    useful = speeds["radit_jax"] * flops / peak
-    padding = median(found["radit_jax"], "padding")
+    useful = speeds[OURS] * flops / peak
+    padding = median(found[OURS], "padding")
     print(
         f"model FLOPs utilisation {100 * useful:.0f} % of {peak / 1e9:.0f} GFLOP/s "
         f"measured, {100 * useful / (1 - padding):.0f} % with the padding, which is "

@@ -13,7 +13,6 @@ compared. How often questions share a passage decides much, so it is printed.
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from peer_env import ensure
-from workers import Peer, interleaved, median
+from workers import OURS, Peer, interleaved, median
 
 from radit_jax import sharding
 from radit_jax.data.corpus import PassageStore
@@ -102,16 +101,12 @@ def main() -> None:
             )
             for style in ("single", "padded")
         }
-        pids = [os.getpid(), *(peer.pid for peer in peers.values())]
-        runs = {"radit_jax": Ours(scorer, pairs), **peers}
-        results = interleaved(runs, options.repeats, 1, pids)
-        for peer in peers.values():
-            peer.close()
+        results = interleaved(Ours(scorer, pairs), peers, options.repeats)
         peak = hardware.measured_matmul(jnp.dtype(jnp.float32))
     seconds = {name: median(found, "seconds") for name, found in results.items()}
     for name, spent in seconds.items():
         worst = np.abs(
-            np.subtract(results[name][-1]["sums"], results["radit_jax"][-1]["sums"])
+            np.subtract(results[name][-1]["sums"], results[OURS][-1]["sums"])
         ).max()
         print(
             f"{name:18s} {options.questions / spent:6.2f} questions/s   ours is "
@@ -122,7 +117,7 @@ def main() -> None:
     targets = sum(len(p.tokens) - p.answer_start for p in prompts)
     read = share * tokens
     flops = flops_per_token(model.config, tokens / len(prompts), targets / read) / 3
-    speed = read / seconds["radit_jax"]
+    speed = read / seconds[OURS]
     print(
         f"{len(pairs)} pairs of {tokens / len(pairs):.0f} tokens; "
         f"{100 * (1 - share):.0f} % of the tokens had been read for another question; "

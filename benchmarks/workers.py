@@ -1,6 +1,7 @@
 """What the benchmarks share: peers as child processes, and who else used the CPU."""
 
 import json
+import os
 import statistics
 import subprocess
 import time
@@ -69,15 +70,20 @@ def own_ticks(pids: list[int]) -> int:
     return total
 
 
-def interleaved(
-    runs: dict[str, Any], repeats: int, discard: int, pids: list[int]
-) -> dict[str, list[dict[str, Any]]]:
-    """Run every contender in turn, again and again; the first rounds warm up.
+OURS = "radit_jax"
 
-    A repeat disturbed by other programs is printed and left out.
+
+def interleaved(
+    ours: Any, peers: dict[str, Peer], repeats: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Run every contender in turn, again and again; the first round warms up.
+
+    A repeat disturbed by other programs is printed and left out. The peers are closed.
     """
+    runs = {OURS: ours, **peers}
+    pids = [os.getpid(), *(peer.pid for peer in peers.values())]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
-    for round in range(discard + repeats):
+    for round in range(1 + repeats):
         for name, run in runs.items():
             busy, ticks = cpu_ticks()
             own = own_ticks(pids)
@@ -85,10 +91,10 @@ def interleaved(
             result = run()
             result.setdefault("seconds", time.perf_counter() - start)
             busy_now, ticks_now = cpu_ticks()
-            ours = own_ticks(pids) - own
-            foreign = max(busy_now - busy - ours, 0) / max(ticks_now - ticks, 1)
+            spent = own_ticks(pids) - own
+            foreign = max(busy_now - busy - spent, 0) / max(ticks_now - ticks, 1)
             result["foreign"] = foreign
-            counted = round >= discard and foreign <= FOREIGN
+            counted = round > 0 and foreign <= FOREIGN
             print(
                 f"  round {round:2d}  {name:28s} {result['seconds']:8.2f} s   "
                 f"others used {100 * foreign:4.1f} % of the CPU"
@@ -97,6 +103,8 @@ def interleaved(
             )
             if counted:
                 found[name].append(result)
+    for peer in peers.values():
+        peer.close()
     return found
 
 
