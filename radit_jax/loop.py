@@ -34,6 +34,12 @@ class TrainState:
     opt_state: Any
     rng: jax.Array  # key data of the run's key; fold the step in to use it
 
+    def updated(self, tx: Any, grads: Any) -> "TrainState":
+        """The state after an optimizer step with these gradients."""
+        updates, opt_state = tx.update(grads, self.opt_state, self.params)
+        params = jax.tree.map(jnp.add, self.params, updates)
+        return TrainState(self.step + 1, params, opt_state, self.rng)
+
 
 @runtime_checkable
 class Batches(Protocol):

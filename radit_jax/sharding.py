@@ -20,7 +20,6 @@ ROWS = (DATA, FSDP)
 ROWS_B = jax.P(ROWS)
 ROWS_BL = jax.P(ROWS, None)
 ACT_BLD = jax.P(ROWS, None, None)
-ACT_BLHK = jax.P(ROWS, None, TENSOR, None)
 LOGITS_BLV = jax.P(ROWS, None, TENSOR)
 
 # Weights: FSDP splits the model width, TENSOR splits heads, MLP width, vocabulary.
@@ -115,6 +114,22 @@ def row_shards() -> int:
     """Over how many devices the rows of a batch are spread."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
+
+
+def check_rows(rows: int, what: str) -> None:
+    """Raise a ValueError in words if rows of a batch do not spread over the devices.
+
+    Args:
+        rows: of all devices together.
+        what: the setting with its value.
+    """
+    shards = row_shards()
+    if rows % shards:
+        raise ValueError(
+            f"{what} do not divide over the {shards} devices of mesh axes "
+            f"{' x '.join(ROWS)}; the nearest multiple is "
+            f"{max(round(rows / shards), 1) * shards}"
+        )
 
 
 def put(array: np.ndarray, spec: jax.P) -> jax.Array:

@@ -245,7 +245,7 @@ def final_weights(config):
     """All that the newest checkpoint of a finished run holds of the model."""
     with jax.set_mesh(sharding.make_mesh()):
         checkpoints = Checkpoints(
-            Path(config.workdir) / "lm_ft" / "checkpoints", 1, lm_ft.METRIC
+            Path(config.workdir) / "lm_ft" / "checkpoints", 1, lm_ft.METRIC.name
         )
         found = checkpoints.restore(checkpoints.latest, {PARAMS: shapes(config)})
         checkpoints.close()
@@ -315,7 +315,7 @@ def test_a_learning_rate_that_explodes_stops_the_run(workdir, tiny_config):
     with pytest.raises(NonFiniteLoss, match=r" at step \d"):
         run("lm_ft", lm_ft.STAGE, config)
     for step in workdir.glob("lm_ft.partial-*/checkpoints/[0-9]*"):
-        checkpoints = Checkpoints(step.parent, 1, lm_ft.METRIC)
+        checkpoints = Checkpoints(step.parent, 1, lm_ft.METRIC.name)
         with jax.set_mesh(sharding.make_mesh()):
             target = {PARAMS: shapes(config)}
             found = checkpoints.restore(int(step.name), target)[PARAMS]

@@ -369,9 +369,14 @@ def pack_all(source: Sequence[dict], mixture: Mixture, rows: int) -> Iterator[Pa
     packed = list(_pack(order, mixture, max(mixture.packing_bins, rows)))
     for start in range(0, len(packed), rows):
         chosen = packed[start : start + rows]
-        empty = Packed(*(np.zeros_like(field) for field in chosen[0]))
-        chosen += [empty] * (rows - len(chosen))
-        yield Packed(*(np.stack(fields) for fields in zip(*chosen, strict=True)))
+        fields = zip(*chosen, strict=True)
+        yield Packed(*(_stack(arrays, rows) for arrays in fields))
+
+
+def _stack(arrays: Sequence[np.ndarray], rows: int, fill: int = 0) -> np.ndarray:
+    """Rows of a batch, filled up to ``rows`` of them."""
+    missing = [(0, rows - len(arrays)), (0, 0)]
+    return np.pad(np.stack(arrays), missing, constant_values=fill)
 
 
 class ScoringBatch(NamedTuple):
@@ -407,19 +412,11 @@ def scoring_batches(
     bins = max(mixture.packing_bins, mixture.rows)
     rows = map(_scoring_row, _first_fit(order, lengths, bins, mixture.seed))
     while chosen := list(itertools.islice(rows, mixture.rows)):
-        short = mixture.rows - len(chosen)
-        batch = Packed(
-            *(
-                np.pad(np.stack(fields), [(0, short), (0, 0)])
-                for fields in zip(*(row.batch for row in chosen), strict=True)
-            )
-        )
-        prefixes = np.stack([row.prefix_ids_BL for row in chosen])
-        owners = np.stack([row.owners_BT for row in chosen])
+        fields = zip(*(row.batch for row in chosen), strict=True)
         yield ScoringBatch(
-            batch,
-            np.pad(prefixes, [(0, short), (0, 0)]),
-            np.pad(owners, [(0, short), (0, 0)], constant_values=-1),
+            Packed(*(_stack(arrays, mixture.rows) for arrays in fields)),
+            _stack([row.prefix_ids_BL for row in chosen], mixture.rows),
+            _stack([row.owners_BT for row in chosen], mixture.rows, fill=-1),
         )
 
 

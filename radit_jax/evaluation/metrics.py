@@ -18,6 +18,9 @@ from jaxtyping import Bool, Float, Integer, Shaped
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
+# How many passages count, in ``retrieval_values``.
+DEPTHS = (1, 5, 10)
+
 # Random draws held at once by the resampling; bounds memory to about 50 MB.
 _DRAWS = 1 << 21
 
@@ -168,6 +171,34 @@ def reciprocal_rank(
         for wanted, row in zip(gold, ids_NC.tolist(), strict=True)
     )
     return 1.0 / np.fromiter(ranks, np.float64, len(ids_NC))
+
+
+def retrieval_values(
+    ids_NC: Integer[np.ndarray, "N C"],
+    hits_NC: Bool[np.ndarray, "N C"],
+    gold_ids: Sequence[Collection[int]],
+) -> dict[str, Float[np.ndarray, "N"]]:
+    """answer@k, and gold@k and ``mrr`` where every question has gold passages.
+
+    One of a question's gold passages is enough: several only tie.
+
+    Args:
+        ids_NC: passage ids, best first.
+        hits_NC: whether a passage contains an answer.
+        gold_ids: for each question the ids of its gold passages; empty: unknown.
+
+    Returns:
+        Name of a metric to its value for every question.
+    """
+    depths = [k for k in DEPTHS if k <= ids_NC.shape[1]]
+    values = {f"answer@{k}": answer_at(hits_NC, k) for k in depths}
+    if all(gold_ids):
+        gold_NC = np.array(
+            [np.isin(ids, list(g)) for ids, g in zip(ids_NC, gold_ids, strict=True)]
+        )
+        values |= {f"gold@{k}": answer_at(gold_NC, k) for k in depths}
+        values["mrr"] = reciprocal_rank(ids_NC, gold_ids)
+    return values
 
 
 def mrr(

@@ -306,10 +306,9 @@ def _finish(
     sampling: Sampling,
 ) -> list[Generated]:
     """Decode chunk by chunk, looking for stop strings in between."""
-    on_mesh = Stops(*map(jnp.asarray, stops))
     limit = state.tokens_BL.shape[1]
     while True:
-        state = decode(model, state, on_mesh, seeds_B, CHUNK, sampling)
+        state = decode(model, state, stops, seeds_B, CHUNK, sampling)
         step, done = int(state.step), np.asarray(state.done_B)
         tokens_BL = np.asarray(state.tokens_BL)
         log_BL = np.asarray(state.log_probabilities_BL)

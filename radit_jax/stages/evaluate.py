@@ -30,7 +30,7 @@ from radit_jax.inference.generate import Generated, generate
 from radit_jax.models.huggingface import load_llama
 from radit_jax.models.llama import Llama
 from radit_jax.stages.lm_ft import load_finetuned
-from radit_jax.stages.retrieve import read_retrieved
+from radit_jax.stages.retrieve import answer_hits, read_retrieved
 from radit_jax.stages.stage import (
     Stage,
     compute_dtype,
@@ -43,7 +43,6 @@ from radit_jax.tracker import progress
 log = logging.getLogger(__name__)
 
 RETRIEVER = "retriever"
-DEPTHS = (1, 5, 10)
 
 
 class System(NamedTuple):
@@ -122,30 +121,13 @@ def retrieval_rows(
     rows = []
     for dataset in dict.fromkeys(q.dataset for q in questions):
         ours = [q for q in questions if q.dataset == dataset]
-        depth = min(max(DEPTHS), min(len(q.retrieved) for q in ours))
+        depth = min(max(metrics.DEPTHS), min(len(q.retrieved) for q in ours))
         ids_NC = np.asarray([q.retrieved[:depth] for q in ours], np.int64)
-        hits_NC = np.asarray(
-            [
-                [
-                    metrics.contains_answer(store[id].display, q.example.answers)
-                    for id in q.retrieved[:depth]
-                ]
-                for q in ours
-            ]
+        values = metrics.retrieval_values(
+            ids_NC,
+            answer_hits(ids_NC, [q.example for q in ours], store),
+            [q.gold for q in ours],
         )
-        values = {
-            f"answer@{k}": metrics.answer_at(hits_NC, k) for k in DEPTHS if k <= depth
-        }
-        gold = [q.gold for q in ours]
-        if all(gold):
-            for k in DEPTHS:
-                if k <= depth:
-                    # One of the gold passages is enough; several only tie.
-                    hit_NC = np.isin(ids_NC[:, :k], -1)
-                    for i, ids in enumerate(gold):
-                        hit_NC[i] = np.isin(ids_NC[i, :k], ids)
-                    values[f"gold@{k}"] = metrics.answer_at(hit_NC, k)
-            values["mrr"] = metrics.reciprocal_rank(ids_NC, gold)
         groups_N = _groups(ours)
         rows += [
             measure(RETRIEVER, dataset, name, value, seed, groups_N)

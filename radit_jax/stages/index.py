@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from radit_jax import sharding
 from radit_jax.data.corpus import PassageStore
-from radit_jax.data.tokenize import load_tokenizer
+from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.models.encoder import Encoder
 from radit_jax.models.huggingface import load_encoder
 from radit_jax.retrieval.embed import EmbeddingStore, embed_passages
@@ -57,27 +57,44 @@ def tower(
         ``encode`` (token ids and mask to embeddings), ``tokenize``, and the longest
         input in tokens: the config's, or the checkpoint's own if that is less.
     """
-    encoder = load_encoder(
+    encoder = load_tower(config, folder)
+    length = min(max_length, encoder.config.max_length)
+    encode = functools.partial(encoding(config), encoder)
+    return encode, tokenizing(load_tokenizer(folder), length), length
+
+
+def load_tower(config: ConfigDict, folder: str) -> Encoder:
+    """An encoder, pooled as its metadata or else the config says."""
+    return load_encoder(
         folder,
         pooling=config.pooling.kind or None,
         normalize=config.pooling.normalize,
     )
-    tokenizer = load_tokenizer(folder)
-    length = min(max_length, encoder.config.max_length)
+
+
+def encoding(
+    config: ConfigDict,
+) -> Callable[[Encoder, np.ndarray, np.ndarray], jax.Array]:
+    """Embeddings of a host batch by an encoder that may change, compiled once."""
     dtype = compute_dtype(config)
 
     @jax.jit
     def apply(encoder: Encoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         return encoder(tokens, mask, dtype)
 
-    def encode(tokens_BL: np.ndarray, mask_BL: np.ndarray) -> jax.Array:
-        put = sharding.put_rows
-        return apply(encoder, put(tokens_BL), put(mask_BL))
+    def encode(
+        encoder: Encoder, tokens_BL: np.ndarray, mask_BL: np.ndarray
+    ) -> jax.Array:
+        return apply(encoder, *map(sharding.put_rows, (tokens_BL, mask_BL)))
 
-    tokenize = functools.partial(
-        tokenizer.encode_batch, max_length=length, add_special_tokens=True
+    return encode
+
+
+def tokenizing(tokenizer: Tokenizer, max_length: int) -> Tokenize:
+    """Texts to token ids as the encoder wants them, cut to ``max_length``."""
+    return functools.partial(
+        tokenizer.encode_batch, max_length=max_length, add_special_tokens=True
     )
-    return encode, tokenize, length
 
 
 class _Texts:

@@ -4,7 +4,6 @@ RA-DIT's first half: every example is shown with each of its top passages as
 independent instances, and the loss falls on the answer alone (eq. 3).
 """
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -20,12 +19,11 @@ from ml_collections import ConfigDict
 
 from radit_jax import optim, sharding
 from radit_jax.batch import Packed
-from radit_jax.checkpoint import PARAMS, Checkpoints
 from radit_jax.data import pipeline
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.inference.score import target_log_probabilities
-from radit_jax.loop import Schedule, TrainState, fit
+from radit_jax.loop import TrainState
 from radit_jax.models.huggingface import (
     check_vocabulary,
     load_llama,
@@ -36,17 +34,23 @@ from radit_jax.stages import hardware
 from radit_jax.stages.retrieve import read_retrieved
 from radit_jax.stages.stage import (
     Stage,
+    check_counts,
     compute_dtype,
     field_fingerprint,
     lm_folder,
-    section,
     settings_of,
 )
-from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
+from radit_jax.stages.training import (
+    COUNTS,
+    Metric,
+    load_best,
+    train,
+    training_settings,
+)
 
 log = logging.getLogger(__name__)
 
-METRIC = "loss"
+METRIC = Metric("loss", higher_is_better=False)
 
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
@@ -54,10 +58,7 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
 
     Not the mesh: a run may go on, and be read, on another one.
     """
-    lm_ft = section(config.lm_ft)
-    for name in ("log_every", "wandb_project"):
-        del lm_ft[name]
-    return lm_ft | {
+    return training_settings(config.lm_ft) | {
         "lm": field_fingerprint(config, "lm"),
         "seed": config.seed,
         "dtype": config.dtype,
@@ -94,8 +95,6 @@ def make_step(
         sums, grads = optim.accumulate(gradient, state.params, batch)
         count = jnp.maximum(sums["targets"], 1.0)
         grads = jax.tree.map(lambda g: g / count, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
         metrics = {
             "loss": sums["nll"] / count,
             "grad_norm": optim.global_norm(grads),
@@ -105,7 +104,7 @@ def make_step(
         }
         size = batch.tokens_BL.size
         metrics["padding"] = 1.0 - sums["tokens"] / size
-        return TrainState(state.step + 1, params, opt_state, state.rng), metrics
+        return state.updated(tx, grads), metrics
 
     return step
 
@@ -129,7 +128,7 @@ def validation(
             found = sums(model, Packed(*map(sharding.put_rows, batch)))
             nll += float(found["nll"])
             targets += float(found["targets"])
-        return {METRIC: nll / targets}
+        return {METRIC.name: nll / targets}
 
     return validate
 
@@ -172,13 +171,8 @@ def prepare_data(
     workdir = Path(config.workdir)
     passages = PassageStore(workdir / "passages")
     mixture = settings_of(pipeline.Mixture, config.lm_ft, seed=config.seed)
-    shards = sharding.row_shards()
-    if mixture.rows // mixture.micro_batches % shards:
-        raise ValueError(
-            f"lm_ft.rows / lm_ft.micro_batches = "
-            f"{mixture.rows / mixture.micro_batches:g} rows do not divide over the "
-            f"{shards} devices of mesh axes data x fsdp"
-        )
+    rows = mixture.rows // mixture.micro_batches
+    sharding.check_rows(rows, f"lm_ft.rows / lm_ft.micro_batches = {rows} rows")
     splits = {name: read_retrieved(workdir, name) for name in ("train", "dev")}
     names = list(dict.fromkeys(name for split in splits.values() for name in split))
     roles = pipeline.context_roles(config.lm_ft.context, names)
@@ -204,7 +198,7 @@ def prepare_data(
         passages,
         tokenizer,
         mixture,
-        mixture.rows // mixture.micro_batches,
+        rows,
     )
     return batches, list(fixed)
 
@@ -220,15 +214,10 @@ def check_settings(lm_ft: ConfigDict) -> None:
         "dataset_cap",
         "row_tokens",
         "row_targets",
-        "rows",
         "micro_batches",
         "packing_bins",
-        "validation_examples",
-        "keep",
     )
-    for name in (*counts, *Schedule._fields):
-        if lm_ft[name] < 1:
-            raise ValueError(f"lm_ft.{name} = {lm_ft[name]} must be at least 1")
+    check_counts("lm_ft", lm_ft, (*counts, *COUNTS))
     if lm_ft.remat not in REMAT_POLICIES:
         raise ValueError(
             f"lm_ft.remat = {lm_ft.remat!r} is not one of {', '.join(REMAT_POLICIES)}"
@@ -249,27 +238,6 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             f"lm_ft.row_tokens = {lm_ft.row_tokens} is more than the model's context "
             f"of {model.config.max_length} tokens"
         )
-    learning_rate = optim.schedule(
-        lm_ft.learning_rate,
-        lm_ft.end_learning_rate,
-        lm_ft.warmup_steps,
-        lm_ft.steps,
-        lm_ft.schedule,
-    )
-    tx = optim.optimizer(
-        learning_rate,
-        lm_ft.beta1,
-        lm_ft.beta2,
-        lm_ft.eps,
-        lm_ft.weight_decay,
-        lm_ft.clip_norm,
-    )
-    state = TrainState(
-        step=jnp.int32(0),
-        params=model,
-        opt_state=jax.jit(tx.init)(model),
-        rng=jax.random.key_data(jax.random.key(config.seed)),
-    )
     weights = sum(x.size for x in jax.tree.leaves(model))
     log.info(
         "lm_ft: %.1fM weights, mesh %s, steps of %d x %d tokens in %d micro-batches",
@@ -282,46 +250,30 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     first = fixed[0]
     useful = float((first.segment_ids_BL > 0).sum())
     segments = float((np.diff(first.segment_ids_BL, prepend=0) > 0).sum())
-    with (
-        contextlib.closing(batches),
-        Checkpoints(folder / "checkpoints", lm_ft.keep, METRIC) as checkpoints,
-        Tracker(
-            folder,
-            resume_step=0 if checkpoints.latest is None else checkpoints.latest + 1,
-            wandb_project=lm_ft.wandb_project,
-        ) as tracker,
-    ):
-        state = fit(
-            state,
-            step=make_step(tx, learning_rate, dtype, lm_ft.remat),
-            batches=batches,
-            place=place,
-            validate=validation(fixed, dtype),
-            checkpoints=checkpoints,
-            tracker=tracker,
-            schedule=settings_of(Schedule, lm_ft),
-            flops_per_token=flops_per_token(
-                model.config, useful / segments, float(first.weights_BT.sum()) / useful
-            ),
-            peak_flops=hardware.peak_flops(dtype),
-        )
-        best = checkpoints.best
-    plot_curves(folder / METRICS_FILE, folder / "curves.png")
-    return {"steps": int(state.step), "best_step": best, "weights": weights}
+    found = train(
+        lm_ft,
+        folder,
+        model,
+        config.seed,
+        METRIC,
+        functools.partial(make_step, dtype=dtype, remat=lm_ft.remat),
+        batches,
+        place,
+        validation(fixed, dtype),
+        flops_per_token=flops_per_token(
+            model.config, useful / segments, float(first.weights_BT.sum()) / useful
+        ),
+        peak_flops=hardware.peak_flops(dtype),
+    )
+    return {**found, "weights": weights}
 
 
 def load_finetuned(config: ConfigDict) -> Llama:
     """The best checkpoint of the finished stage, on the current mesh."""
-    checkpoints = Checkpoints(Path(config.workdir) / "lm_ft" / "checkpoints", 1, METRIC)
-    step = checkpoints.best
-    if step is None:
-        raise ValueError(f"{checkpoints.folder}: no checkpoint")
-    shape = jax.eval_shape(
-        lambda: Llama(read_llama_config(lm_folder(config)), jax.random.key(0))
+    shape = read_llama_config(lm_folder(config))
+    return load_best(
+        Path(config.workdir) / "lm_ft", METRIC, lambda key: Llama(shape, key)
     )
-    model = checkpoints.restore(step, {PARAMS: shape})[PARAMS]
-    checkpoints.close()
-    return model
 
 
 STAGE = Stage("lm_ft", ("passages", "retrieved"), ("lm",), settings, build)

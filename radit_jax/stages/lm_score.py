@@ -27,6 +27,7 @@ from radit_jax.models.llama import Llama
 from radit_jax.stages.retrieve import SPLITS, read_retrieved, write_arrays
 from radit_jax.stages.stage import (
     Stage,
+    check_counts,
     compute_dtype,
     field_fingerprint,
     lm_folder,
@@ -51,22 +52,14 @@ def check_settings(config: ConfigDict) -> None:
     """
     lm_score = config.lm_score
     counts = ("passages", "row_tokens", "row_targets", "rows", "packing_bins")
-    for name in (*counts, "shard_size"):
-        if lm_score[name] < 1:
-            raise ValueError(f"lm_score.{name} = {lm_score[name]} must be at least 1")
+    check_counts("lm_score", lm_score, (*counts, "shard_size"))
     unknown = [name for name in lm_score.splits if name not in SPLITS]
     if unknown or not lm_score.splits:
         raise ValueError(
             f"lm_score.splits = {tuple(lm_score.splits)}: expected some of "
             f"{', '.join(SPLITS)}"
         )
-    shards = sharding.row_shards()
-    if lm_score.rows % shards:
-        raise ValueError(
-            f"lm_score.rows = {lm_score.rows} do not divide over the {shards} devices "
-            f"of mesh axes data x fsdp; the nearest multiple is "
-            f"{max(round(lm_score.rows / shards), 1) * shards}"
-        )
+    sharding.check_rows(lm_score.rows, f"lm_score.rows = {lm_score.rows}")
 
 
 class Scorer:
@@ -199,7 +192,6 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     ids_BC = np.concatenate([found.ids[:, :k] for _, found in parts.values()])
     pairs = all_pairs(ids_BC)
     shards = folder / "shards"
-    shards.mkdir(exist_ok=True)
     files = []
     with progress(len(pairs.examples), "lm_score", "pairs") as bar:
         for start in range(0, len(pairs.examples), size):
@@ -250,10 +242,8 @@ def _write_scores(
     end = 0
     for (split, name), (examples, _) in parts.items():
         start, end = end, end + len(examples)
-        target = folder / split / name
-        target.mkdir(parents=True, exist_ok=True)
         write_arrays(
-            target / "scores.npz",
+            folder / split / name / "scores.npz",
             ids=ids_BC[start:end],
             log_p=log_p_B1C[start:end, 1:],
             log_p_alone=log_p_B1C[start:end, 0],

@@ -5,7 +5,6 @@ the passages of a question, KL(p_R || p_LSR) (section 2.3). Passage embeddings a
 gathered from the index and never change.
 """
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -20,34 +19,36 @@ from ml_collections import ConfigDict
 
 from radit_jax import artifacts, losses, optim, sharding
 from radit_jax.batch import Candidates, Example
-from radit_jax.checkpoint import PARAMS, Checkpoints
 from radit_jax.data.candidates import Questions, candidate_batches
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tasks import gold_passages
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.evaluation import metrics
-from radit_jax.loop import Schedule, TrainState, fit
+from radit_jax.loop import TrainState
 from radit_jax.models.encoder import Encoder, EncoderConfig
-from radit_jax.models.huggingface import (
-    check_vocabulary,
-    load_encoder,
-    read_encoder_config,
-)
+from radit_jax.models.huggingface import check_vocabulary, read_encoder_config
 from radit_jax.retrieval.embed import EmbeddingStore, embed_queries
 from radit_jax.retrieval.index import Index, open_index
-from radit_jax.stages.retrieve import read_retrieved
+from radit_jax.stages.index import encoding, load_tower, tokenizing
+from radit_jax.stages.retrieve import answer_hits, read_retrieved
 from radit_jax.stages.stage import (
     Stage,
+    check_counts,
     compute_dtype,
     field_fingerprint,
     section,
-    settings_of,
 )
-from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
+from radit_jax.stages.training import (
+    COUNTS,
+    Metric,
+    load_best,
+    train,
+    training_settings,
+)
 
 log = logging.getLogger(__name__)
 
-METRIC = "mrr"
+METRIC = Metric("mrr", higher_is_better=True)
 LOSSES = ("kl", "reverse_kl")
 # Entropy above this share of the largest possible: a target that says nothing.
 FLAT = 0.95
@@ -57,10 +58,7 @@ SHARP = 0.95
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
     """The r_ft section and the query encoder's content; not the mesh."""
-    r_ft = section(config.r_ft)
-    for name in ("log_every", "wandb_project"):
-        del r_ft[name]
-    return r_ft | {
+    return training_settings(config.r_ft) | {
         "encoder": field_fingerprint(config, "encoder"),
         "pooling": section(config.pooling),
         "seed": config.seed,
@@ -75,10 +73,7 @@ def check_settings(config: ConfigDict, encoder: EncoderConfig) -> float:
         ValueError: naming the setting.
     """
     r_ft = config.r_ft
-    counts = ("rows", "max_tokens", "validation_examples", "validation_depth", "keep")
-    for name in (*counts, *Schedule._fields):
-        if r_ft[name] < 1:
-            raise ValueError(f"r_ft.{name} = {r_ft[name]} must be at least 1")
+    check_counts("r_ft", r_ft, ("max_tokens", "validation_depth", *COUNTS))
     for name, known in (("loss", LOSSES), ("score_mode", losses.SCORE_MODES)):
         if r_ft[name] not in known:
             raise ValueError(
@@ -97,12 +92,7 @@ def check_settings(config: ConfigDict, encoder: EncoderConfig) -> float:
         )
     if temperature is not None and temperature <= 0:
         raise ValueError(f"r_ft.score_temperature = {temperature} must be positive")
-    shards = sharding.row_shards()
-    if r_ft.rows % shards:
-        raise ValueError(
-            f"r_ft.rows = {r_ft.rows} do not divide over the {shards} devices of mesh "
-            "axes data x fsdp"
-        )
+    sharding.check_rows(r_ft.rows, f"r_ft.rows = {r_ft.rows}")
     return 1.0 if temperature is None else temperature
 
 
@@ -119,10 +109,8 @@ def read_scores(workdir: Path, split: str) -> Scores:
     """Retrieved examples with their scores.
 
     Raises:
-        ArtifactError: the scores were made from other examples or passages.
         ValueError: the split was not scored, or a score is not a number.
     """
-    artifacts.check_inputs(workdir / "scored")
     examples: list[Example] = []
     arrays: list[dict[str, np.ndarray]] = []
     for name, (part, _) in read_retrieved(workdir, split).items():
@@ -167,22 +155,23 @@ def target_facts(log_q_BC: np.ndarray) -> TargetFacts:
     )
 
 
-def targets(config: ConfigDict, scores: Scores) -> np.ndarray:
+def targets(config: ConfigDict, scores: Scores) -> tuple[np.ndarray, TargetFacts]:
     """log p_LSR [examples, C], refused if most of it says nothing.
 
     Raises:
         ValueError: with settings under which the same scores would say something.
     """
     r_ft = config.r_ft
-    log_q_BC = np.asarray(
-        losses.lsr_log_target(
-            jnp.asarray(scores.log_p),
-            jnp.asarray(scores.tokens),
-            r_ft.target_temperature,
-            r_ft.score_mode,
+
+    def under(mode: str, temperature: float) -> tuple[np.ndarray, TargetFacts]:
+        log_q_BC = np.asarray(
+            losses.lsr_log_target(
+                jnp.asarray(scores.log_p), jnp.asarray(scores.tokens), temperature, mode
+            )
         )
-    )
-    facts = target_facts(log_q_BC)
+        return log_q_BC, target_facts(log_q_BC)
+
+    log_q_BC, facts = under(r_ft.score_mode, r_ft.target_temperature)
     log.info(
         "r_ft: targets of %d questions: mean entropy %.2f of the largest possible, "
         "%.0f %% flat (they teach nothing), %.0f %% with nearly all on one passage",
@@ -195,14 +184,7 @@ def targets(config: ConfigDict, scores: Scores) -> np.ndarray:
         better = []
         for mode in losses.SCORE_MODES:
             for temperature in (1.0, 0.3, 0.1, 0.03, 0.01):
-                other = losses.lsr_log_target(
-                    jnp.asarray(scores.log_p),
-                    jnp.asarray(scores.tokens),
-                    temperature,
-                    mode,
-                )
-                flat = target_facts(np.asarray(other)).flat
-                if flat <= 0.1:
+                if under(mode, temperature)[1].flat <= 0.1:
                     better.append(f"{mode} with temperature {temperature:g}")
                     break
         hint = (
@@ -215,7 +197,7 @@ def targets(config: ConfigDict, scores: Scores) -> np.ndarray:
             f"{r_ft.target_temperature:g}: {100 * facts.flat:.0f} % of the targets are "
             f"flat, and a retriever trained on them unlearns what it knows. {hint}"
         )
-    return log_q_BC
+    return log_q_BC, facts
 
 
 def make_step(
@@ -249,13 +231,11 @@ def make_step(
         state: TrainState, batch: Candidates
     ) -> tuple[TrainState, dict[str, Array]]:
         (_, found), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(jnp.add, state.params, updates)
         found |= {
             "grad_norm": optim.global_norm(grads),
             "learning_rate": learning_rate(state.step),
         }
-        return TrainState(state.step + 1, params, opt_state, state.rng), found
+        return state.updated(tx, grads), found
 
     return step
 
@@ -272,6 +252,7 @@ class Validation:
         self,
         config: ConfigDict,
         examples: list[Example],
+        gold: list[set[int]],
         store: PassageStore,
         index: Index,
         tokenizer: Tokenizer,
@@ -280,75 +261,47 @@ class Validation:
         order = np.random.default_rng(config.seed).permutation(len(examples))
         chosen = np.sort(order[: config.r_ft.validation_examples])
         self.examples = [examples[i] for i in chosen]
+        self.gold = [gold[i] for i in chosen]
         self.store = store
         self.index = index
         self.length = length
         self.depth = min(config.r_ft.validation_depth, index.size)
-        self.gold = [gold_passages(e, store) for e in self.examples]
-        self.tokenize = functools.partial(
-            tokenizer.encode_batch, max_length=length, add_special_tokens=True
-        )
+        self.tokenize = tokenizing(tokenizer, length)
         self.batch_tokens = config.r_ft.batch_tokens
-        dtype = compute_dtype(config)
-        self.apply = jax.jit(lambda encoder, *inputs: encoder(*inputs, dtype))
+        self.encode = encoding(config)
 
     def __call__(self, encoder: Encoder) -> dict[str, float]:
-        """MRR, and recall and answers among the first passages.
+        """MRR, and gold passages and answers among the first passages.
 
         MRR is of gold passages where every question names its document, else of the
         first passage that contains an answer.
         """
-        put = sharding.put_rows
         queries_BE = embed_queries(
             [example.question for example in self.examples],
             self.tokenize,
-            lambda tokens, mask: self.apply(encoder, put(tokens), put(mask)),
+            functools.partial(self.encode, encoder),
             batch_tokens=self.batch_tokens,
             max_length=self.length,
             row_multiple=sharding.row_shards(),
         )
         ids_NC = self.index.search(queries_BE, self.depth).ids
-        hits_NC = np.array(
-            [
-                [
-                    metrics.contains_answer(passage.display, example.answers)
-                    for passage in self.store.get(ids)
-                ]
-                for ids, example in zip(ids_NC, self.examples, strict=True)
-            ]
-        )
-        found = {}
-        for k in (1, 5, 10):
-            if k <= self.depth:
-                found[f"answer@{k}"] = float(metrics.answer_at(hits_NC, k).mean())
-        if all(self.gold):
-            right_NC = np.array(
-                [
-                    np.isin(ids, list(g))
-                    for ids, g in zip(ids_NC, self.gold, strict=True)
-                ]
-            )
-            for k in (1, 5, 10):
-                if k <= self.depth:
-                    found[f"gold@{k}"] = float(right_NC[:, :k].any(axis=1).mean())
-        else:
-            right_NC = hits_NC
-        first_N = np.where(right_NC.any(axis=1), right_NC.argmax(axis=1) + 1, np.inf)
-        return {METRIC: float((1 / first_N).mean()), **found}
+        hits_NC = answer_hits(ids_NC, self.examples, self.store)
+        values = metrics.retrieval_values(ids_NC, hits_NC, self.gold)
+        if METRIC.name not in values:
+            first_N = hits_NC.argmax(axis=1) + 1
+            values[METRIC.name] = hits_NC.any(axis=1) / first_N
+        return {name: float(value_N.mean()) for name, value_N in values.items()}
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Fine-tune, keeping the checkpoint that retrieves dev questions best."""
     r_ft, workdir = config.r_ft, Path(config.workdir)
-    encoder = load_encoder(
-        config.encoder,
-        pooling=config.pooling.kind or None,
-        normalize=config.pooling.normalize,
-    )
+    encoder = load_tower(config, config.encoder)
     temperature = check_settings(config, encoder.config)
     tokenizer = load_tokenizer(config.encoder)
     check_vocabulary(tokenizer, encoder.config)
-    artifacts.check_inputs(workdir / "retrieved")
+    for name in ("retrieved", "scored"):
+        artifacts.check_inputs(workdir / name)
     scores = read_scores(workdir, "train")
     enough = np.isfinite(scores.log_p).sum(axis=1) >= 2
     if not enough.all():
@@ -363,13 +316,10 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     )
     if not scores.examples:
         raise ValueError(f"{workdir / 'scored'}: no question has two passages or more")
-    log_q_BC = targets(config, scores)
+    log_q_BC, facts = targets(config, scores)
     longest = min(r_ft.max_tokens, encoder.config.max_length)
-    tokens = tokenizer.encode_batch(
-        [example.question for example in scores.examples],
-        max_length=longest,
-        add_special_tokens=True,
-    )
+    questions = [example.question for example in scores.examples]
+    tokens = tokenizing(tokenizer, longest)(questions)
     # Few shapes to compile, little padding.
     length = min(-(-max(map(len, tokens)) // 16) * 16, longest)
     index_folder = workdir / "index"
@@ -384,81 +334,47 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     )
     store = PassageStore(workdir / "passages")
     dev = read_scores(workdir, "dev")
-    _log_gold_agreement(dev, store)
+    gold = [gold_passages(example, store) for example in dev.examples]
+    _log_gold_agreement(dev, gold)
     validate = Validation(
         config,
         dev.examples,
+        gold,
         store,
         open_index(index_folder, jax.sharding.get_mesh()),
         tokenizer,
         longest,
     )
-    learning_rate = optim.schedule(
-        r_ft.learning_rate,
-        r_ft.end_learning_rate,
-        r_ft.warmup_steps,
-        r_ft.steps,
-        r_ft.schedule,
-    )
-    tx = optim.optimizer(
-        learning_rate,
-        r_ft.beta1,
-        r_ft.beta2,
-        r_ft.eps,
-        r_ft.weight_decay,
-        r_ft.clip_norm,
-    )
-    state = TrainState(
-        step=jnp.int32(0),
-        params=encoder,
-        opt_state=jax.jit(tx.init)(encoder),
-        rng=jax.random.key_data(jax.random.key(config.seed)),
-    )
     log.info(
         "r_ft: a falling loss proves nothing; the validation MRR decides which "
         "checkpoint is kept, the start included"
     )
-    with (
-        contextlib.closing(batches),
-        Checkpoints(
-            folder / "checkpoints", r_ft.keep, METRIC, higher_is_better=True
-        ) as checkpoints,
-        Tracker(
-            folder,
-            resume_step=0 if checkpoints.latest is None else checkpoints.latest + 1,
-            wandb_project=r_ft.wandb_project,
-        ) as tracker,
-    ):
-        state = fit(
-            state,
-            step=make_step(
-                tx, learning_rate, compute_dtype(config), r_ft.loss, temperature
-            ),
-            batches=batches,
-            place=place,
-            validate=validate,
-            checkpoints=checkpoints,
-            tracker=tracker,
-            schedule=settings_of(Schedule, r_ft),
-        )
-        best = checkpoints.best
-    plot_curves(folder / METRICS_FILE, folder / "curves.png")
-    return {
-        "steps": int(state.step),
-        "best_step": best,
-        "questions": len(scores.examples),
-        **target_facts(log_q_BC)._asdict(),
-    }
+    found = train(
+        r_ft,
+        folder,
+        encoder,
+        config.seed,
+        METRIC,
+        functools.partial(
+            make_step,
+            dtype=compute_dtype(config),
+            loss_name=r_ft.loss,
+            temperature=temperature,
+        ),
+        batches,
+        place,
+        validate,
+    )
+    return {**found, "questions": len(scores.examples), **facts._asdict()}
 
 
-def _log_gold_agreement(dev: Scores, store: PassageStore) -> None:
+def _log_gold_agreement(dev: Scores, gold: list[set[int]]) -> None:
     """How often the language model prefers the gold passage, where one is known."""
     agreed, known = 0, 0
-    for example, ids, log_p in zip(dev.examples, dev.ids, dev.log_p, strict=True):
-        gold = gold_passages(example, store)
-        if gold & set(ids.tolist()):
+    for right, ids, log_p in zip(gold, dev.ids, dev.log_p, strict=True):
+        if right & set(ids.tolist()):
             known += 1
-            agreed += int(ids[int(np.argmax(log_p))]) in gold
+            agreed += int(ids[int(np.argmax(log_p))]) in right
     if known:
         share = agreed / known
         level = logging.WARNING if share < 0.5 else logging.INFO
@@ -473,20 +389,12 @@ def _log_gold_agreement(dev: Scores, store: PassageStore) -> None:
 
 def load_finetuned_encoder(config: ConfigDict) -> Encoder:
     """The best checkpoint of the finished stage, on the current mesh."""
-    folder = Path(config.workdir) / "r_ft" / "checkpoints"
-    shape = jax.eval_shape(
-        lambda: Encoder(
-            read_encoder_config(
-                config.encoder, config.pooling.kind or None, config.pooling.normalize
-            ),
-            jax.random.key(0),
-        )
+    shape = read_encoder_config(
+        config.encoder, config.pooling.kind or None, config.pooling.normalize
     )
-    with Checkpoints(folder, 1, METRIC, higher_is_better=True) as checkpoints:
-        step = checkpoints.best
-        if step is None:
-            raise ValueError(f"{folder}: no checkpoint")
-        return checkpoints.restore(step, {PARAMS: shape})[PARAMS]
+    return load_best(
+        Path(config.workdir) / "r_ft", METRIC, lambda key: Encoder(shape, key)
+    )
 
 
 STAGE = Stage(

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from ml_collections import ConfigDict
 from radit_jax import sharding
 from radit_jax.artifacts import fingerprint
 from radit_jax.batch import Example, Retrieved
+from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tasks import read_examples
+from radit_jax.evaluation.metrics import contains_answer
 from radit_jax.retrieval.embed import embed_queries
 from radit_jax.retrieval.index import open_index
 from radit_jax.stages.index import tower
@@ -124,6 +126,21 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
                 rows = (json.dumps(example._asdict()) for example in examples)
                 (target / "examples.jsonl").write_text("\n".join(rows) + "\n")
     return counts
+
+
+def answer_hits(
+    ids_NC: np.ndarray, examples: Sequence[Example], store: PassageStore
+) -> np.ndarray:
+    """Whether each retrieved passage contains an answer of its example, bool [N, C]."""
+    return np.array(
+        [
+            [
+                contains_answer(passage.display, example.answers)
+                for passage in store.get(ids)
+            ]
+            for ids, example in zip(ids_NC, examples, strict=True)
+        ]
+    )
 
 
 def write_arrays(file: Path, **arrays: np.ndarray) -> None:

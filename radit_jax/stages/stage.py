@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 import logging
+import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,13 +70,7 @@ def check_required(name: str, fields: tuple[str, ...], config: ConfigDict) -> No
     Raises:
         ValueError: naming the fields, and the variants that need none.
     """
-    missing = []
-    for field in fields:
-        value = config
-        for part in field.split("."):
-            value = value[part]
-        if not value:
-            missing.append(field)
+    missing = [field for field in fields if not _value(config, field)]
     if missing:
         flags = " ".join(f"--config.{field}=..." for field in missing)
         raise ValueError(
@@ -83,6 +79,22 @@ def check_required(name: str, fields: tuple[str, ...], config: ConfigDict) -> No
             "Without any of them, `--config configs/radit.py:demo` runs on real small "
             "models, and `--config configs/radit.py:tiny` on random weights in seconds"
         )
+
+
+def _value(config: ConfigDict, field: str) -> Any:
+    """Of a field by its dotted name."""
+    return functools.reduce(operator.getitem, field.split("."), config)
+
+
+def check_counts(name: str, config: ConfigDict, fields: Sequence[str]) -> None:
+    """Stop before any work if a number of a section must be positive and is not.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for field in fields:
+        if config[field] < 1:
+            raise ValueError(f"{name}.{field} = {config[field]} must be at least 1")
 
 
 def existing(config: ConfigDict, field: str) -> list[Path]:
@@ -94,9 +106,7 @@ def existing(config: ConfigDict, field: str) -> list[Path]:
         FileNotFoundError: one of them is not there; with the field, and the nearest
             name that is.
     """
-    value = config
-    for part in field.split("."):
-        value = value[part]
+    value = _value(config, field)
     names = value.split(",") if field.startswith("data.") else [value]
     paths = [Path(name.strip()) for name in names if name.strip()]
     for path in paths:

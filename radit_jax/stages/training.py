@@ -1,0 +1,141 @@
+"""What both fine-tuning stages have around the training loop."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from radit_jax import optim
+from radit_jax.checkpoint import PARAMS, Checkpoints
+from radit_jax.loop import Schedule, TrainState, fit
+from radit_jax.stages.stage import section, settings_of
+from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
+
+Model = TypeVar("Model")
+
+# Settings of training that must be at least 1.
+COUNTS = ("rows", "validation_examples", "keep", *Schedule._fields)
+
+
+class Metric(NamedTuple):
+    """The validation metric that says which checkpoint is best."""
+
+    name: str
+    higher_is_better: bool
+
+    def checkpoints(self, folder: Path, keep: int = 1) -> Checkpoints:
+        """Those of a stage's folder."""
+        return Checkpoints(
+            folder / "checkpoints", keep, self.name, self.higher_is_better
+        )
+
+
+def training_settings(config: ConfigDict) -> dict[str, Any]:
+    """A section without what does not change the weights."""
+    settings = section(config)
+    for name in ("log_every", "wandb_project"):
+        del settings[name]
+    return settings
+
+
+def train(
+    config: ConfigDict,
+    folder: Path,
+    params: Any,
+    seed: int,
+    metric: Metric,
+    make_step: Callable[[Any, Callable[[Array], Array]], Any],
+    batches: Any,
+    place: Callable[[Any], Any],
+    validate: Callable[[Any], dict[str, float]],
+    **rates: float,
+) -> dict[str, int]:
+    """Fine-tune, or go on with it, and draw the curves.
+
+    Args:
+        config: the stage's section.
+        folder: of the stage.
+        params: the model to start from; it is donated.
+        seed: of the run.
+        metric: says which checkpoint is kept.
+        make_step: from an optimizer and its learning rate to the jitted step.
+        batches: a Grain iterator; it is closed.
+        place: puts a batch on the mesh.
+        validate: parameters to validation metrics.
+        **rates: ``flops_per_token`` and ``peak_flops`` of ``fit``.
+
+    Returns:
+        Number of steps and the best one, for the manifest.
+
+    Raises:
+        ValueError: an impossible schedule; and as ``fit``.
+    """
+    with contextlib.closing(batches):
+        learning_rate = optim.schedule(
+            config.learning_rate,
+            config.end_learning_rate,
+            config.warmup_steps,
+            config.steps,
+            config.schedule,
+        )
+        tx = optim.optimizer(
+            learning_rate,
+            config.beta1,
+            config.beta2,
+            config.eps,
+            config.weight_decay,
+            config.clip_norm,
+        )
+        state = TrainState(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=jax.jit(tx.init)(params),
+            rng=jax.random.key_data(jax.random.key(seed)),
+        )
+        with (
+            metric.checkpoints(folder, config.keep) as checkpoints,
+            Tracker(
+                folder,
+                resume_step=0 if checkpoints.latest is None else checkpoints.latest + 1,
+                wandb_project=config.wandb_project,
+            ) as tracker,
+        ):
+            state = fit(
+                state,
+                step=make_step(tx, learning_rate),
+                batches=batches,
+                place=place,
+                validate=validate,
+                checkpoints=checkpoints,
+                tracker=tracker,
+                schedule=settings_of(Schedule, config),
+                **rates,
+            )
+            best = checkpoints.best
+    plot_curves(folder / METRICS_FILE, folder / "curves.png")
+    assert best is not None
+    return {"steps": int(state.step), "best_step": best}
+
+
+def load_best(folder: Path, metric: Metric, build: Callable[[Array], Model]) -> Model:
+    """The best checkpoint of a finished stage, on the current mesh.
+
+    Args:
+        folder: of the stage.
+        metric: that it was trained with.
+        build: makes the model from a key; only its shape is asked for.
+
+    Raises:
+        ValueError: there is no checkpoint.
+    """
+    shape = jax.eval_shape(lambda: build(jax.random.key(0)))
+    with metric.checkpoints(folder) as checkpoints:
+        step = checkpoints.best
+        if step is None:
+            raise ValueError(f"{checkpoints.folder}: no checkpoint")
+        return checkpoints.restore(step, {PARAMS: shape})[PARAMS]
