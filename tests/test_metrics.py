@@ -114,6 +114,18 @@ IDS_NC = np.array([[7, 3, 5], [1, 2, -1], [4, 9, 8]])
 GOLD = [[3, 5], [2], {6}]
 
 
+def test_retrieval_values_by_hand():
+    hits_NC = np.array([[False, True, True], [True, False, False], [False] * 3])
+    found = metrics.retrieval_values(IDS_NC, hits_NC, GOLD)
+    assert {name: values.tolist() for name, values in found.items()} == {
+        "answer@1": [0, 1, 0],
+        "gold@1": [0, 0, 0],
+        "mrr": [0.5, 0.5, 0],
+    }
+    unknown = metrics.retrieval_values(IDS_NC, hits_NC, [[3], [], [6]])
+    assert list(unknown) == ["answer@1"]
+
+
 def test_recall_by_hand():
     assert metrics.recall_at(IDS_NC, GOLD, 1).tolist() == [0, 0, 0]
     assert metrics.recall_at(IDS_NC, GOLD, 2).tolist() == [0.5, 1, 0]

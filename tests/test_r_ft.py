@@ -280,6 +280,25 @@ def test_validation_before_training_is_what_retrieve_found(ready, tiny_config):
     assert row["validation/gold@1"] == pytest.approx(first)
 
 
+def test_where_no_gold_passage_is_known_the_first_answer_counts(ready, tiny_config):
+    (file,) = ready.glob("retrieved/dev/*/examples.jsonl")
+    examples = [json.loads(line) | {"document": ""} for line in file.open()]
+    file.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    config = tiny_config(ready, **{"r_ft.validation_examples": 10_000})
+    folder = run("r_ft", r_ft.STAGE, config)
+    row = json.loads((folder / "metrics.jsonl").open().readline())
+    assert not any("gold@" in name for name in row)
+    ((asked, found),) = read_retrieved(ready, "dev").values()
+    store = PassageStore(ready / "passages")
+    ranks = []
+    for example, ids in zip(asked, found.ids, strict=True):
+        passages = store.get(ids[: config.r_ft.validation_depth])
+        hits = [metrics.contains_answer(p.display, example.answers) for p in passages]
+        ranks.append(1 / (hits.index(True) + 1) if any(hits) else 0.0)
+    assert 0 < np.mean(ranks) < 1
+    assert row["validation/mrr"] == pytest.approx(np.mean(ranks))
+
+
 def test_flat_targets_are_refused_with_what_would_do(ready, tiny_config):
     changes = {
         "r_ft.score_mode": "sequence_probability",
