@@ -2,7 +2,8 @@
 
     python -m radit_jax.main --config configs/evaluate.py --config.lm=FOLDER
 
-Every system of the table answers every test question. With retrieval, each of the top
+Every system of the table answers every test question; the four that retrieve are the
+paper's dual ablation (Table 6). With retrieval, each of the top
 passages is read on its own and the answers are mixed by retrieval weight (RA-DIT
 section 2.4). Zero-shot prompts of Table 12, greedy decoding, SQuAD normalisation,
 95 % bootstrap intervals.
@@ -10,7 +11,7 @@ section 2.4). Zero-shot prompts of Table 12, greedy decoding, SQuAD normalisatio
 
 from ml_collections import ConfigDict
 
-from configs import lm_ft
+from configs import lm_ft, r_ft
 from configs.base import base
 
 
@@ -20,8 +21,10 @@ def section(config: ConfigDict, variant: str) -> None:
     c.systems = (
         "LM",
         "LM + retrieval",
+        "LM + R-FT",
         "LM-FT",
         "LM-FT + retrieval",
+        "RA-DIT (LM-FT + R-FT)",
         "LM + gold passage",
         "LM-FT + gold passage",
     )
@@ -54,4 +57,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = base("evaluate", variant)
     section(config, variant)
     lm_ft.section(config, variant)
+    r_ft.section(config, variant)
     return config

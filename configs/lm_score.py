@@ -16,7 +16,8 @@ from configs.base import base
 def section(config: ConfigDict, variant: str) -> None:
     """Add the stage's fields to a config."""
     c = config.lm_score = ConfigDict()
-    c.splits = ("train", "dev")
+    c.splits = ("train", "dev", "corpus")  # corpus: see retrieve.corpus_examples
+    c.limit = 0  # examples of each split, by subjects chosen at random; 0: all
     c.passages = 10  # k; what retrieve kept bounds it
     c.bos = True  # every sequence begins with <bos>, where the tokenizer has one
     c.eos = False  # whether <eos> is part of the answer; the paper does not say
@@ -26,6 +27,7 @@ def section(config: ConfigDict, variant: str) -> None:
     c.packing_bins = 256
     c.shard_size = 65_536  # pairs of question and passage; what a kill loses at most
     if variant in ("demo", "own"):
+        c.passages, c.limit = 6, 400
         c.row_tokens, c.row_targets, c.rows = 512, 64, 8
         c.shard_size = 4096
     if variant == "tiny":

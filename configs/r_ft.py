@@ -12,11 +12,28 @@ rate 1e-5, 1237 warmup steps, one pass, k = 10) and dpr-scale's defaults elsewhe
 literal eq. 4: see ``score_mode``. A falling loss proves nothing, a flat target is
 matched best by a retriever that knows nothing; the retrieval of dev questions decides
 which checkpoint is kept, the start included.
+
+Other methods are settings of the same stage:
+
+=============  ============  ====================  ==================  ===========
+method         loss          score_mode            target_temperature  target
+=============  ============  ====================  ==================  ===========
+RA-DIT eq. 4   kl            sequence_probability  .01                 lm
+REPLUG         kl            sequence_probability  .1                  lm
+REPLUG's code  reverse_kl    token_probability     .1                  lm
+Atlas PDist    pdist         mean_log_probability  .01                 lm
+EMDR2          emdr2         (tokens)                                  lm
+contrastive    contrastive                                             gold
+=============  ============  ====================  ==================  ===========
+
+REPLUG's p_R has temperature .1 as well, Atlas' .01 over scores divided by
+sqrt(768).
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from configs import index, lm_score, retrieve
 from configs.base import base
 
 
@@ -29,9 +46,15 @@ def section(config: ConfigDict, variant: str) -> None:
     c.target_temperature = 0.1
     # Of p_R: 1 for raw dot products (DRAGON+); encoders that normalise need their own.
     c.score_temperature = placeholder(float)
-    c.loss = "kl"  # KL(p_R || p_LSR); "reverse_kl": KL(p_LSR || p_R)
-    c.max_tokens = 128  # of a question
-    c.batch_tokens = 8192  # padded tokens per encoder batch in validation
+    c.loss = "kl"  # KL(p_R || p_LSR), "reverse_kl": KL(p_LSR || p_R); and see above
+    # What is learnt: "lm", or a control's "gold", "shuffled" or "uniform".
+    c.target = "lm"
+    c.controls = ()  # further targets to train towards, for comparison
+    # Share of self-supervised examples in a batch (see retrieve.corpus_examples).
+    c.corpus_share = 0.95 if variant == "" else 0.0
+    c.towers = "query"  # "both": the context encoder trains too, on its own copy
+    c.passage_tokens = 256  # of a passage, where both towers train
+    c.refresh_every = 0  # steps between retrieving and scoring anew; 0: never
     c.rows = 512  # questions per step, all devices together
     c.steps = 1850
     c.learning_rate = 1e-5
@@ -58,7 +81,8 @@ def section(config: ConfigDict, variant: str) -> None:
     if variant == "tiny":
         c.score_temperature = 0.05
         c.rows, c.steps, c.warmup_steps, c.learning_rate = 8, 6, 1, 1e-3
-        c.max_tokens = 32
+        c.controls = ("gold",)
+        c.corpus_share, c.passage_tokens = 0.25, 64
         c.validation_examples, c.validation_depth = 16, 5
         c.validate_every, c.save_every, c.log_every = 3, 2, 1
 
@@ -66,5 +90,7 @@ def section(config: ConfigDict, variant: str) -> None:
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe of the stage alone."""
     config = base("r_ft", variant)
+    for stage in (index, retrieve, lm_score):
+        stage.section(config, variant)
     section(config, variant)
     return config

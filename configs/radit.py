@@ -7,10 +7,10 @@
         --config.data.train=train.jsonl --config.data.test=test.jsonl \\
         --config.lm=FOLDER_OR_GGUF --config.encoder=FOLDER --config.workdir=runs/mine
 
-``:demo`` teaches a real language model of 135M weights to use retrieval, on two CPU
-cores in under 25 minutes; ``:tiny`` runs the same code on random weights in seconds;
-``:own`` runs it on your files with the demo's sizes. Without a variant: the paper's
-settings for LLaMA 7B.
+``:demo`` teaches a real language model of 135M weights to use retrieval, and a
+retriever what the model can use, on two CPU cores in half an hour; ``:tiny`` runs the
+same code on random weights in seconds; ``:own`` runs it on your files with the demo's
+sizes. Without a variant: the paper's settings for LLaMA 7B.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,11 @@ from configs.base import base
 def get_config(variant: str = "") -> ConfigDict:
     """Every stage's section in one recipe."""
     config = base("radit", variant)
-    config.stages = ("corpus", "index", "retrieve", "lm_ft", "evaluate")
+    config.stages = (
+        *("corpus", "index", "retrieve"),
+        *("lm_score", "r_ft", "retrieve_r_ft"),
+        *("lm_ft", "evaluate"),
+    )
     for stage in (corpus, index, retrieve, lm_score, r_ft, lm_ft, evaluate):
         stage.section(config, variant)
     if variant in ("demo", "tiny"):

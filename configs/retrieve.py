@@ -20,6 +20,12 @@ def section(config: ConfigDict, variant: str) -> None:
     c.max_tokens = 128  # of a question
     c.batch_tokens = 8192
     c.shard_size = 8192  # questions per file; a finished file is not searched again
+    # Self-supervised examples for R-FT (section 3.3): the first and the last tokens of
+    # so many random passages, as question and answer.
+    c.corpus_examples = 900_000 if variant == "" else 0
+    c.corpus_tokens = 50
+    if variant == "tiny":
+        c.corpus_examples, c.corpus_tokens = 20, 4
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -59,6 +59,9 @@ class Example(NamedTuple):
     kind: str = ""  # kind of question; "" when the file does not say
     document: str = ""  # id of the document that holds the answer, when known
     evidence: str = ""  # verbatim words of that document, when known
+    # Id of the passage whose beginning is the question and whose end is the answer; it
+    # is not retrieved for it. -1: this is a question.
+    source: int = -1
 
 
 class Retrieved(NamedTuple):
@@ -85,9 +88,16 @@ class Packed(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """A batch for the retriever: questions and the passages to tell apart."""
+    """A batch for the retriever: questions and the passages to tell apart.
+
+    Passages come as embeddings, or as tokens where the context encoder trains too.
+    """
 
     tokens_BL: Array  # int32
     mask_BL: Array  # bool, False: padding
-    passages_BCE: Array  # float32 embeddings; whatever where there is no passage
-    log_targets_BC: Array  # float32 log p_LSR; -1e30 where there is no passage
+    ids_BC: Array  # int32, of the passages; -1: none
+    log_targets_BC: Array  # float32 log p_LSR; -1e30 where that is 0
+    passages_BCE: Array | None = None  # float32; whatever where there is no passage
+    passage_tokens_BCL: Array | None = None  # int32
+    passage_mask_BCL: Array | None = None  # bool
+    token_log_p_BTC: Array | None = None  # float32, of EMDR2; see losses.emdr2

@@ -85,6 +85,7 @@ def fit(
     checkpoints: Checkpoints,
     tracker: Tracker,
     schedule: Schedule,
+    before_step: Callable[[int, Any], None] = lambda done, params: None,
     flops_per_token: float = 0.0,
     peak_flops: float = 0.0,
 ) -> TrainState:
@@ -101,6 +102,9 @@ def fit(
         checkpoints: where the state goes, and which metric says what is best.
         tracker: where metrics go.
         schedule: how often.
+        before_step: called with the steps done and the parameters before each step is
+            given its batch, also after going on from a checkpoint; what it changes in
+            the batches must follow from these two.
         flops_per_token: model FLOPs of one useful token, for utilisation.
         peak_flops: of all devices together, per second.
 
@@ -124,6 +128,8 @@ def fit(
     with _signals() as stop, progress(schedule.steps, "training", "steps") as bar:
         bar.skip(done)
         while done < schedule.steps:
+            with timer("before_step"):
+                before_step(done, state.params)
             with timer("data"):
                 batch = place(next(batches))
             with timer("step"):

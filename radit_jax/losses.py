@@ -1,5 +1,7 @@
 """Losses as pure functions of arrays."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -100,3 +102,50 @@ def rank_correlation(
     count_B = jnp.sum(pairs_BCC, axis=(1, 2)) - jnp.sum(present_BC, axis=1)
     agreed_B = jnp.sum(jnp.where(pairs_BCC, a_BCC * b_BCC, 0.0), axis=(1, 2))
     return agreed_B / jnp.maximum(count_B, 1)
+
+
+def kl(log_p_BC: Array, log_q_BC: Array, token_log_p_BTC: Array | None) -> Array:
+    """KL(p_R || p_LSR), RA-DIT's direction (eq. 5) and REPLUG's."""
+    return divergence(log_p_BC, log_q_BC)
+
+
+def reverse_kl(
+    log_p_BC: Array, log_q_BC: Array, token_log_p_BTC: Array | None
+) -> Array:
+    """KL(p_LSR || p_R): cross-entropy towards the target, but for a constant."""
+    return divergence(log_q_BC, log_p_BC)
+
+
+def pdist(log_p_BC: Array, log_q_BC: Array, token_log_p_BTC: Array | None) -> Array:
+    """Perplexity distillation as Atlas' code has it: ``reverse_kl`` over C.
+
+    Its target is ``mean_log_probability`` with temperature .01.
+    """
+    return divergence(log_q_BC, log_p_BC) / log_p_BC.shape[-1]
+
+
+def emdr2(log_p_BC: Array, log_q_BC: Array, token_log_p_BTC: Array | None) -> Array:
+    """-log sum_c p_R(c|x) p_LM(y_t|c,x,y_<t), summed over the answer's tokens.
+
+    End-to-end training of multi-document reader and retriever (Sachan et al., 2021) in
+    the form of Atlas' code, a mixture at every token; the language model is frozen.
+
+    Args:
+        log_p_BC: log p_R.
+        log_q_BC: not used, the tokens' own probabilities teach.
+        token_log_p_BTC: log-probability of each answer token after each passage; 0
+            where the answer has no such token, which adds nothing, or no passage.
+    """
+    assert token_log_p_BTC is not None
+    mixed_BT = jax.nn.logsumexp(token_log_p_BTC + log_p_BC[:, None, :], axis=-1)
+    return -mixed_BT.sum(axis=-1)
+
+
+# What a retriever is trained by: (log p_R, log p_LSR, tokens' log-probabilities) to the
+# loss of each question, in nats.
+RETRIEVER_LOSSES: dict[str, Callable[[Array, Array, Array | None], Array]] = {
+    "kl": kl,
+    "reverse_kl": reverse_kl,
+    "pdist": pdist,
+    "emdr2": emdr2,
+}

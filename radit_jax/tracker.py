@@ -101,7 +101,9 @@ class Tracker:
             finite = math.isfinite(value)
             row[f"{prefix}/{name}"] = value if finite else None
             if finite:
-                self._events.add_scalar(f"{prefix}/{name}", value, step)
+                # TensorBoard's names know no "@".
+                tag = f"{prefix}/{name}".replace("@", "_")
+                self._events.add_scalar(tag, value, step)
             else:
                 logging.warning("step %d: %s/%s is %s", step, prefix, name, value)
         # One write of a whole line, flushed: a kill can only tear the last one.

@@ -20,7 +20,11 @@ from safetensors.numpy import load_file, save_file
 from radit_jax.data.tiny import write_tiny
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("prepare", "corpus", "index", "retrieve", "lm_ft", "evaluate")
+STAGES = (
+    *("prepare", "corpus", "index", "retrieve"),
+    *("lm_score", "r_ft", "retrieve_r_ft"),
+    *("lm_ft", "evaluate"),
+)
 
 SERVER = """
 import json, os, sys, traceback
@@ -122,7 +126,10 @@ def test_the_chain_runs_and_shows_its_table(chain):
     for line in found.stdout.split("Everything is in")[1].splitlines()[1:]:
         assert Path(line.split("  ")[-1].strip()).is_file()
     made = {path.name for path in workdir.iterdir()}
-    assert made == {"inputs", "passages", "index", "retrieved", "lm_ft", "report"}
+    assert made == {
+        *("inputs", "passages", "index", "retrieved"),
+        *("scored", "r_ft", "retrieved_r_ft", "lm_ft", "report"),
+    }
     assert "Traceback" not in found.stderr
     assert "Warning" not in found.stderr
 
@@ -285,15 +292,42 @@ def test_the_chain_looks_for_every_file_before_it_starts(door, mine, tmp_path):
     assert not workdir.exists()
 
 
-def test_answers_are_scored_from_what_the_chain_made(chain, door):
-    workdir, _ = chain
-    code, output = door("configs/lm_score.py:tiny", workdir=workdir)
+def test_the_chain_compares_the_retriever_before_and_after(chain):
+    workdir, found = chain
+    rows = json.loads((workdir / "report" / "results.json").read_text())
+    gold = {row["system"] for row in rows if row["metric"] == "gold@1"}
+    assert gold == {"retriever", "R-FT", "gold targets (supervised)"}
+    answered = {row["system"] for row in rows if row["metric"] == "em"}
+    table_6 = {"LM + retrieval", "LM + R-FT", "LM-FT + retrieval"}
+    assert answered > table_6 | {"RA-DIT (LM-FT + R-FT)"}
+    compared = json.loads((workdir / "report" / "differences.json").read_text())
+    assert {(d["first"], d["second"]) for d in compared} >= {
+        ("retriever", "R-FT"),
+        ("LM-FT + retrieval", "RA-DIT (LM-FT + R-FT)"),
+        ("LM + R-FT", "RA-DIT (LM-FT + R-FT)"),
+    }
+    assert "R-FT over retriever" in found.stdout
+
+
+def test_the_chain_without_r_ft_needs_nothing_of_it(chain, door, tmp_path):
+    workdir = tmp_path / "work"
+    for name in ("inputs", "passages", "index", "retrieved", "lm_ft"):
+        shutil.copytree(chain[0] / name, workdir / name, symlinks=True)
+    systems = "('LM + retrieval', 'LM-FT + retrieval')"
+    code, output = door(
+        "configs/evaluate.py:tiny", workdir=workdir, **{"evaluate.systems": systems}
+    )
     assert code == 0, output
-    manifest = json.loads((workdir / "scored" / "manifest.json").read_text())
-    counts = manifest["counts"]
-    questions = counts["train/train"] + counts["dev/dev"]
-    assert counts["pairs"] == 11 * questions
-    shutil.rmtree(workdir / "scored")
+    rows = json.loads((workdir / "report" / "results.json").read_text())
+    assert {row["system"] for row in rows if row["metric"] == "mrr"} == {"retriever"}
+    error = refused(
+        door(
+            "configs/evaluate.py:tiny",
+            workdir=workdir,
+            **{"evaluate.systems": "('RA-DIT',)"},
+        )
+    )
+    assert "['RA-DIT'] not among LM, LM + retrieval" in error
 
 
 def test_a_stage_without_its_input_says_what_to_run(door, mine, tmp_path):

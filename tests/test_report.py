@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from radit_jax.evaluation import report
-from radit_jax.evaluation.report import Generation, Row, SourcePassage
+from radit_jax.evaluation.report import Generation, Row, SourcePassage, Values
 
 SYSTEMS = ("closed book", "RA-DIT")
 
@@ -31,6 +31,10 @@ def generation(system, i, em, dataset="factbook", kind="capital", **fields):
     return base._replace(**fields)
 
 
+def answer_rows(generations):
+    return [report.measure(v, seed=0) for v in report.answer_values(generations)]
+
+
 def all_generations():
     # Of 20 questions the closed book gets 5 right and RA-DIT 15, 5 of them shared.
     return [
@@ -44,18 +48,19 @@ def all_generations():
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "report"
     generations = all_generations()
-    rows = report.answer_rows(generations, seed=0)
+    rows = answer_rows(generations)
     hits = np.array([1.0, 0.0, 1.0, 1.0])
     rows += [
-        report.measure("DRAGON+", "factbook", metric, hits, seed=0)
+        report.measure(Values("DRAGON+", "factbook", metric, hits), seed=0)
         for metric in ("mrr", "gold@1", "answer@5", "answer@1")
     ]
-    report.write_report(folder, rows, generations, [SYSTEMS], examples=4)
+    differences = report.compare(report.answer_values(generations), [SYSTEMS], seed=0)
+    report.write_report(folder, rows, generations, differences, examples=4)
     return folder, rows, generations
 
 
 def test_rows_are_means_of_whole_arrays():
-    rows = report.answer_rows(all_generations(), seed=0)
+    rows = answer_rows(all_generations())
     values = {(row.system, row.metric): row.value for row in rows}
     assert values == {
         ("closed book", "em"): 0.25,
@@ -73,7 +78,7 @@ def test_groups_widen_the_interval():
             g._replace(**{key: of(i) for key, of in fields.items()})
             for i, g in enumerate(generations)
         ]
-        em = report.answer_rows(grouped, seed=0)[0]
+        em = answer_rows(grouped)[0]
         return em.hi - em.lo
 
     assert width(group=lambda i: f"country {i // 10}") > 2 * width()
@@ -91,6 +96,14 @@ def test_json_has_the_rows(written):
         "n": 20,
         "ci95": [rows[0].lo, rows[0].hi],
     }
+
+
+def test_what_was_written_is_read_back(written):
+    folder, rows, generations = written
+    assert report.read_rows(folder) == rows
+    expected = report.compare(report.answer_values(generations), [SYSTEMS], seed=0)
+    assert report.read_differences(folder) == expected
+    assert expected[0].value == 0.5
 
 
 def test_generations_are_kept_as_given(written):
@@ -152,8 +165,30 @@ def test_paired_table(written):
 def test_pairs_match_by_question_not_by_place():
     first = [generation("a", i, float(i < 10)) for i in range(20)]
     second = [generation("b", i, float(i < 10)) for i in reversed(range(20))]
-    text = report._pairs_section(first + second, [("a", "b")], seed=0)
+    values = report.answer_values(first + second)
+    text = report._differences_section(report.compare(values, [("a", "b")], seed=0))
     assert cells(text)[2][3:] == ["+0.0 [+0.0, +0.0]", "1.000", "20"]
+
+
+def test_retrievers_are_compared_on_every_metric_and_dataset():
+    hits = {"start": [1.0, 0.0, 0.0, 0.0], "tuned": [1.0, 1.0, 1.0, 0.0]}
+    values = [
+        Values(name, dataset, metric, np.array(hit))
+        for name, hit in hits.items()
+        for dataset in ("x", "y")
+        for metric in ("gold@1", "mrr")
+    ]
+    found = report.compare(values, [("start", "tuned")], seed=0)
+    assert [(d.dataset, d.metric, d.value) for d in found] == [
+        (dataset, metric, 0.5) for dataset in ("x", "y") for metric in ("gold@1", "mrr")
+    ]
+    shown = report.text_report([], (), found).splitlines()
+    assert shown[
+        2
+    ].split() == "x tuned over start gold@1 +50.0 [+0.0, +100.0]".split() + [
+        f"{found[0].p_value:.3f}",
+        "4",
+    ]
 
 
 def test_examples_show_both_sides(written):
@@ -224,7 +259,7 @@ def test_text_table_is_aligned():
 
 
 def test_text_report_shows_answers_side_by_side():
-    rows = report.answer_rows(all_generations(), seed=0)
+    rows = answer_rows(all_generations())
     shown = report.text_report(rows, all_generations(), examples=3).split("\n\n")
     assert len(shown) == 1 + 3
     question, closed, open_ = shown[1].splitlines()
@@ -240,8 +275,8 @@ def test_doubles_and_impossible_values_are_refused(tmp_path):
     row = Row("a", "x", "em", 0.5, 4, 0.0, 1.0)
     given = generation("a", 0, 1.0)
 
-    def write(rows, generations, pairs=()):
-        report.write_report(tmp_path / "report", rows, generations, pairs)
+    def write(rows, generations):
+        report.write_report(tmp_path / "report", rows, generations)
 
     with pytest.raises(ValueError, match="two rows for a / x / em"):
         write([row, row], [])
@@ -255,10 +290,15 @@ def test_doubles_and_impossible_values_are_refused(tmp_path):
     infinite = passage()._replace(weight=float("nan"))
     with pytest.raises(ValueError, match="passage 3 has weight nan"):
         write([row], [given._replace(passages=(infinite,))])
+    values = Values("a", "x", "em", np.array([1.0]))
     with pytest.raises(ValueError, match=r"cannot compare 'b'.* \['a'\]"):
-        write([row], [given], [("a", "b")])
-    with pytest.raises(ValueError, match="only one of them answered question 'q0'"):
-        write([row], [given, generation("b", 1, 1.0)], [("a", "b")])
+        report.compare([values], [("a", "b")], seed=0)
+    other = values._replace(system="b", dataset="y")
+    with pytest.raises(ValueError, match="only one of them has em on x"):
+        report.compare([values, other], [("a", "b")], seed=0)
+    other = Values("b", "x", "em", np.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match="must answer the same questions; one has 1"):
+        report.compare([values, other], [("a", "b")], seed=0)
     with pytest.raises(ValueError, match="no row has metric 'em'"):
         write([row._replace(metric="f1")], [])
     written = tmp_path / "report"
@@ -269,7 +309,7 @@ def test_numbers_from_arrays_can_be_written(tmp_path):
     odd = passage()._replace(id=np.int64(7), weight=np.float32(0.5))
     given = generation("a", 0, np.float32(1.0), passages=(odd,))
     other = generation("a", 1, np.float64(0.0))
-    report.write_report(tmp_path, report.answer_rows([given, other], 0), [given, other])
+    report.write_report(tmp_path, answer_rows([given, other]), [given, other])
     line = (tmp_path / "generations.jsonl").read_text().splitlines()[0]
     assert json.loads(line)["passages"][0]["id"] == 7
     assert json.loads(line)["em"] == 1.0

@@ -420,6 +420,24 @@ def scoring_batches(
         )
 
 
+def empty_batch(mixture: Mixture) -> ScoringBatch:
+    """A batch of empty rows, for a process that has run out of sequences."""
+    zeros_BL = np.zeros((mixture.rows, mixture.row_tokens), np.int32)
+    zeros_BT = np.zeros((mixture.rows, mixture.row_targets), np.int32)
+    return ScoringBatch(
+        Packed(
+            tokens_BL=zeros_BL,
+            segment_ids_BL=zeros_BL,
+            positions_BL=zeros_BL,
+            sites_BT=zeros_BT,
+            targets_BT=zeros_BT,
+            weights_BT=zeros_BT.astype(np.float32),
+        ),
+        prefix_ids_BL=zeros_BL,
+        owners_BT=zeros_BT - 1,
+    )
+
+
 def _by_beginning(
     sequences: Sequence[prompts.Prompt],
 ) -> dict[tuple[int, ...], list[int]]:

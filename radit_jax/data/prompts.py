@@ -2,7 +2,8 @@
 
 A prompt is ``Background: {passage}\\n\\n`` (nothing when there is no passage) followed
 by ``{question marker}{question}\\n{answer marker}{answer}``. In training the markers
-are drawn per instance; in evaluation they are ``Q:`` and ``A:``.
+are drawn per instance; in evaluation they are ``Q:`` and ``A:``. Without markers the
+answer is plain text that goes on where the question ends.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -39,7 +40,8 @@ def question_text(
     answer_marker: str = ANSWER_MARKERS[0],
 ) -> str:
     """The part of a prompt between the background and the answer."""
-    return f"{question_marker}{question}\n{answer_marker}"
+    marked = f"{question_marker}{question}"
+    return f"{marked}\n{answer_marker}" if answer_marker else marked
 
 
 def render(
@@ -67,7 +69,7 @@ def render(
         passage: text for ``Background:``; "" leaves the background out.
         answer: the target; None renders a prompt to generate from.
         question_marker: one of QUESTION_MARKERS.
-        answer_marker: one of ANSWER_MARKERS.
+        answer_marker: one of ANSWER_MARKERS, or "" for an answer on the same line.
         bos: begin with <bos> if the tokenizer has one.
         eos: close the answer with <eos>.
 

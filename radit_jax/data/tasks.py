@@ -101,6 +101,15 @@ def contains_answer(text: str, answers: tuple[str, ...]) -> bool:
     return False
 
 
+def subject(example: Example) -> str:
+    """What a question is about: the head of the document id, ``fr`` of
+    ``fr/geography``; "" when the file does not say.
+
+    Questions about one thing are not independent, and find the same passages.
+    """
+    return example.document.split("/")[0]
+
+
 def gold_passages(example: Example, store: PassageStore) -> set[int]:
     """Ids of the passages that hold an example's evidence and answer.
 

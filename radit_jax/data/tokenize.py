@@ -108,6 +108,21 @@ class Tokenizer:
             rows.append(ids)
         return rows
 
+    def ends(self, text: str, tokens: int) -> tuple[str, str] | None:
+        """The stretches of a text that its first and its last tokens cover.
+
+        Args:
+            text: any.
+            tokens: how many, on either side, special tokens apart.
+
+        Returns:
+            Both, as they stand in the text; None where they would overlap.
+        """
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        if len(offsets) < 2 * tokens:
+            return None
+        return text[: offsets[tokens - 1][1]], text[offsets[-tokens][0] :]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens leave no trace in it."""
         return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 ``write_report`` fills a folder:
 
 - ``results.json``: the rows, values in [0, 1];
+- ``differences.json``: systems compared question by question;
 - ``results.md``: the same as tables, paired differences, and generations to read;
 - ``results.png``: exact match of every system on every dataset;
 - ``generations.jsonl``: one line per question and system.
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
 
 from radit_jax.evaluation.metrics import bootstrap_interval, paired_difference
 
@@ -46,6 +46,30 @@ class Row(NamedTuple):
     n: int  # questions
     lo: float  # 95 % interval
     hi: float
+
+
+class Values(NamedTuple):
+    """One metric of a system for every question of a dataset."""
+
+    system: str
+    dataset: str
+    metric: str
+    values_N: np.ndarray
+    groups_N: np.ndarray | None = None  # questions that are resampled as a whole
+
+
+class Difference(NamedTuple):
+    """By how much one system beats another on the same questions."""
+
+    dataset: str
+    first: str
+    second: str
+    metric: str
+    value: float  # second - first
+    n: int
+    lo: float  # 95 % interval, paired bootstrap
+    hi: float
+    p_value: float  # two-sided, of a sign-flip permutation test
 
 
 class SourcePassage(NamedTuple):
@@ -75,46 +99,86 @@ class Generation(NamedTuple):
     group: str = ""  # what the question is about; groups are resampled as a whole
 
 
-def measure(
-    system: str,
-    dataset: str,
-    metric: str,
-    values_N: Float[np.ndarray, "N"],
-    seed: int,
-    groups_N: Shaped[np.ndarray, "N"] | None = None,
-) -> Row:
+def measure(values: Values, seed: int) -> Row:
     """The row of a metric, from its value for every question.
 
     Raises:
         ValueError: as ``metrics.bootstrap_interval``.
     """
-    lo, hi = bootstrap_interval(values_N, seed, groups_N=groups_N)
-    value = float(values_N.mean(dtype=np.float64))
-    return Row(system, dataset, metric, value, len(values_N), lo, hi)
+    values_N = values.values_N
+    lo, hi = bootstrap_interval(values_N, seed, groups_N=values.groups_N)
+    mean = float(values_N.mean(dtype=np.float64))
+    return Row(*values[:3], mean, len(values_N), lo, hi)
 
 
-def answer_rows(generations: Sequence[Generation], seed: int) -> list[Row]:
-    """EM and F1 of every system on every dataset of the generations."""
-    rows = []
+def answer_values(generations: Sequence[Generation]) -> list[Values]:
+    """EM and F1 of every system on every dataset of the generations.
+
+    Questions stand in the order of their ids, so that systems can be paired.
+    """
+    found = []
     for dataset in _unique(g.dataset for g in generations):
         for system in _unique(g.system for g in generations):
             ours = [
                 g for g in generations if (g.system, g.dataset) == (system, dataset)
             ]
+            ours.sort(key=lambda g: g.question_id)
             if ours:
                 groups_N = _groups(ours)
                 for metric in ANSWER_METRICS:
                     values_N = np.array([float(getattr(g, metric)) for g in ours])
-                    row = measure(system, dataset, metric, values_N, seed, groups_N)
-                    rows.append(row)
-    return rows
+                    found.append(Values(system, dataset, metric, values_N, groups_N))
+    return found
+
+
+def compare(
+    values: Sequence[Values], pairs: Sequence[tuple[str, str]], seed: int
+) -> list[Difference]:
+    """(first, second) systems question by question, on every dataset and metric.
+
+    Raises:
+        ValueError: a pair names a system that has no values, or the two have values
+            for different questions or metrics.
+    """
+    by_system: dict[str, dict[tuple[str, str], Values]] = {}
+    for found in values:
+        by_system.setdefault(found.system, {})[found.dataset, found.metric] = found
+    differences = []
+    for first, second in pairs:
+        for name in (first, second):
+            if name not in by_system:
+                raise ValueError(
+                    f"cannot compare {name!r}: it has no values; systems that have are "
+                    f"{sorted(by_system)}"
+                )
+        ours, theirs = by_system[first], by_system[second]
+        if ours.keys() != theirs.keys():
+            odd = min(ours.keys() ^ theirs.keys())
+            raise ValueError(
+                f"cannot pair {first!r} with {second!r}: only one of them has "
+                f"{odd[1]} on {odd[0]}"
+            )
+        for (dataset, metric), mine in ours.items():
+            gain = paired_difference(
+                mine.values_N,
+                theirs[dataset, metric].values_N,
+                seed,
+                groups_N=mine.groups_N,
+            )
+            differences.append(
+                Difference(
+                    *(dataset, first, second, metric, gain.value, gain.n),
+                    *(gain.lo, gain.hi, gain.p_value),
+                )
+            )
+    return differences
 
 
 def write_report(
     folder: str | Path,
     rows: Sequence[Row],
     generations: Sequence[Generation],
-    pairs: Sequence[tuple[str, str]] = (),
+    differences: Sequence[Difference] = (),
     seed: int = 0,
     examples: int = 8,
 ) -> None:
@@ -124,14 +188,13 @@ def write_report(
         folder: where to.
         rows: the numbers, in the order the tables should have.
         generations: every answer of every system.
-        pairs: (first, second) systems to compare question by question.
-        seed: of the resampling and of the choice of generations to show.
+        differences: see ``compare``.
+        seed: of the choice of generations to show.
         examples: how many questions to show.
 
     Raises:
-        ValueError: if a row or generation is doubled or has a value outside [0, 1], if
-            a pair names a system without generations or with other questions, or if no
-            row has metric "em".
+        ValueError: if a row or generation is doubled or has a value outside [0, 1], or
+            if no row has metric "em".
     """
     _check(rows, generations)
     sections = [
@@ -141,23 +204,40 @@ def write_report(
         *_titled("Answers", _markdown(_answer_cells(rows))),
         *_titled("Retrieval", _markdown(_retrieval_cells(rows))),
         *_kind_sections(generations),
-        *_titled("Paired differences", _pairs_section(generations, pairs, seed)),
+        *_titled("Paired differences", _differences_section(differences)),
         *_titled("Generations", _examples_section(generations, examples, seed)),
     ]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     plot_results(rows, folder / "results.png")
-    results = [
-        {
-            **{field: getattr(row, field) for field in Row._fields[:-2]},
-            "ci95": [row.lo, row.hi],
-        }
-        for row in rows
-    ]
-    _write(folder / "results.json", _json(results, indent=1))
+    for name, table in (("results", rows), ("differences", differences)):
+        lines = [_with_interval(row._asdict()) for row in table]
+        _write(folder / f"{name}.json", _json(lines, indent=1))
     _write(folder / "results.md", "\n\n".join(sections))
-    lines = (_json(_record(generation)) for generation in generations)
-    _write(folder / "generations.jsonl", "\n".join(lines))
+    records = (_json(_record(generation)) for generation in generations)
+    _write(folder / "generations.jsonl", "\n".join(records))
+
+
+def _with_interval(fields: dict[str, object]) -> dict[str, object]:
+    return {**fields, "ci95": [fields.pop("lo"), fields.pop("hi")]}
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """Those of a written report."""
+    return [Row(**row) for row in _read_lines(folder / "results.json")]
+
+
+def read_differences(folder: Path) -> list[Difference]:
+    """Those of a written report."""
+    return [Difference(**row) for row in _read_lines(folder / "differences.json")]
+
+
+def _read_lines(file: Path) -> list[dict]:
+    found = []
+    for row in json.loads(file.read_text(encoding="utf-8")):
+        lo, hi = row.pop("ci95")
+        found.append({**row, "lo": lo, "hi": hi})
+    return found
 
 
 def _write(path: Path, text: str) -> None:
@@ -294,11 +374,12 @@ def _name(metric: str) -> str:
 def text_report(
     rows: Sequence[Row],
     generations: Sequence[Generation] = (),
+    differences: Sequence[Difference] = (),
     examples: int = 3,
     seed: int = 0,
 ) -> str:
-    """Tables of the answer and the retrieval metrics and a few answers side by side,
-    as plain text for the terminal.
+    """Tables of the answer and the retrieval metrics, of differences, and a few answers
+    side by side, as plain text for the terminal.
 
     One line per dataset and system, so that it fits a terminal however many datasets
     there are; of retrieval one per metric.
@@ -312,6 +393,7 @@ def text_report(
     parts = [
         _aligned(shown, right=1),
         _aligned(_retrieval_lines(rows)),
+        _aligned(_difference_cells(differences)),
         *(_text_example(answered) for answered in chosen.questions),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -424,52 +506,32 @@ def _kind_sections(generations: Sequence[Generation]) -> list[str]:
     return sections
 
 
-def _pairs_section(
-    generations: Sequence[Generation], pairs: Sequence[tuple[str, str]], seed: int
-) -> str:
-    by_system: dict[str, dict[tuple[str, str], Generation]] = {}
-    for g in generations:
-        by_system.setdefault(g.system, {})[g.dataset, g.question_id] = g
+def _difference_cells(differences: Sequence[Difference]) -> list[list[str]]:
+    """A line per dataset, pair and metric; empty without differences."""
     cells = [["dataset", "comparison", "metric", "difference", "p", "n"]]
-    for first, second in pairs:
-        for name in (first, second):
-            if name not in by_system:
-                raise ValueError(
-                    f"cannot compare {name!r}: it has no generations; systems that "
-                    f"have are {sorted(by_system)}"
-                )
-        if by_system[first].keys() != by_system[second].keys():
-            odd = min(by_system[first].keys() ^ by_system[second].keys())
-            raise ValueError(
-                f"cannot pair {first!r} with {second!r}: only one of them answered "
-                f"question {odd[1]!r} of {odd[0]}"
-            )
-        for dataset in _unique(key[0] for key in by_system[first]):
-            keys = [key for key in by_system[first] if key[0] == dataset]
-            groups_N = _groups([by_system[first][key] for key in keys])
-            for metric in ANSWER_METRICS:
-                first_N, second_N = (
-                    np.array(
-                        [float(getattr(by_system[s][key], metric)) for key in keys]
-                    )
-                    for s in (first, second)
-                )
-                gain = paired_difference(first_N, second_N, seed, groups_N=groups_N)
-                interval = f"[{100 * gain.lo:+.1f}, {100 * gain.hi:+.1f}]"
-                p_value = "< 0.001" if gain.p_value < 0.001 else f"{gain.p_value:.3f}"
-                cells.append(
-                    [
-                        *(dataset, f"{second} over {first}", _name(metric)),
-                        *(f"{100 * gain.value:+.1f} {interval}", p_value, str(gain.n)),
-                    ]
-                )
-    if len(cells) == 1:
-        return ""
+    for found in differences:
+        interval = f"[{100 * found.lo:+.1f}, {100 * found.hi:+.1f}]"
+        small = found.p_value < 0.001
+        cells.append(
+            [
+                found.dataset,
+                f"{found.second} over {found.first}",
+                _name(found.metric),
+                f"{100 * found.value:+.1f} {interval}",
+                "< 0.001" if small else f"{found.p_value:.3f}",
+                str(found.n),
+            ]
+        )
+    return cells if differences else []
+
+
+def _differences_section(differences: Sequence[Difference]) -> str:
     note = (
         "In points, on the same questions: paired bootstrap, and the two-sided p-value "
         "of a sign-flip permutation test."
     )
-    return f"{note}\n\n{_markdown(cells)}"
+    cells = _difference_cells(differences)
+    return f"{note}\n\n{_markdown(cells)}" if cells else ""
 
 
 class _Choice(NamedTuple):

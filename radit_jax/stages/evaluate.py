@@ -13,15 +13,18 @@ from ml_collections import ConfigDict
 from radit_jax.batch import Example, Passage
 from radit_jax.data import prompts
 from radit_jax.data.corpus import PassageStore
-from radit_jax.data.tasks import gold_passages
+from radit_jax.data.tasks import gold_passages, subject
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.evaluation import metrics
 from radit_jax.evaluation.report import (
     Generation,
-    Row,
     SourcePassage,
-    answer_rows,
+    Values,
+    answer_values,
+    compare,
     measure,
+    read_differences,
+    read_rows,
     text_report,
     write_report,
 )
@@ -42,31 +45,43 @@ from radit_jax.tracker import progress
 
 log = logging.getLogger(__name__)
 
-RETRIEVER = "retriever"
-
 
 class System(NamedTuple):
     """A row of the table: which model, and what it is given to read."""
 
     finetuned: bool
-    background: str  # "none", "retrieved" or "gold"
+    background: str  # "none", "retrieved", "r_ft" (by the tuned retriever) or "gold"
 
 
+# RA-DIT Table 6 is the four systems that retrieve.
 SYSTEMS = {
     "LM": System(False, "none"),
     "LM + retrieval": System(False, "retrieved"),
+    "LM + R-FT": System(False, "r_ft"),
     "LM-FT": System(True, "none"),
     "LM-FT + retrieval": System(True, "retrieved"),
+    "RA-DIT (LM-FT + R-FT)": System(True, "r_ft"),
     "LM + gold passage": System(False, "gold"),
     "LM-FT + gold passage": System(True, "gold"),
 }
 # Differences worth a paired test, when both systems ran: (without, with).
 PAIRS = (
     ("LM", "LM + retrieval"),
+    ("LM + retrieval", "LM + R-FT"),
     ("LM + retrieval", "LM-FT + retrieval"),
     ("LM-FT", "LM-FT + retrieval"),
-    ("LM-FT + retrieval", "LM-FT + gold passage"),
+    ("LM-FT + retrieval", "RA-DIT (LM-FT + R-FT)"),
+    ("LM + R-FT", "RA-DIT (LM-FT + R-FT)"),
+    ("RA-DIT (LM-FT + R-FT)", "LM-FT + gold passage"),
 )
+# Rows of the retrieval table: the retriever as it came, as R-FT left it, and controls.
+START = "retriever"
+RETRIEVERS = {
+    "lm": "R-FT",
+    "gold": "gold targets (supervised)",
+    "shuffled": "shuffled targets (last step)",
+    "uniform": "uniform targets (last step)",
+}
 
 
 class Question(NamedTuple):
@@ -74,8 +89,8 @@ class Question(NamedTuple):
 
     dataset: str
     example: Example
-    retrieved: tuple[int, ...]  # passage ids, best first
-    scores: tuple[float, ...]
+    # Retriever, as in the retrieval table -> passage ids, best first, and scores.
+    retrieved: Mapping[str, tuple[tuple[int, ...], tuple[float, ...]]]
     gold: tuple[int, ...]  # ids of the passages that hold the answer, when known
 
 
@@ -83,6 +98,7 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     """The evaluate section, the untuned model and how prompts begin."""
     return section(config.evaluate) | {
         "lm": field_fingerprint(config, "lm"),
+        "target": config.r_ft.target,
         "bos": config.lm_ft.bos,
         "row_tokens": config.lm_ft.row_tokens,
         "seed": config.seed,
@@ -90,60 +106,93 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     }
 
 
-def questions(config: ConfigDict, store: PassageStore) -> list[Question]:
-    """The first ``evaluate.limit`` questions of every test file (0: all)."""
-    found = []
-    for dataset, (examples, retrieved) in read_retrieved(
-        Path(config.workdir), "test"
-    ).items():
-        count = config.evaluate.limit or len(examples)
-        for example, ids, scores in zip(
-            examples[:count], retrieved.ids, retrieved.scores, strict=False
-        ):
-            real = ids >= 0
-            gold = gold_passages(example, store) if example.document else set()
-            found.append(
-                Question(
-                    dataset,
-                    example,
-                    tuple(int(id) for id in ids[real]),
-                    tuple(float(score) for score in scores[real]),
-                    tuple(sorted(gold)),
-                )
-            )
+def inputs(config: ConfigDict) -> tuple[str, ...]:
+    """Artifacts that the systems of the table need."""
+    systems = _systems(config).values()
+    needed = ["passages", "retrieved"]
+    if any(system.finetuned for system in systems):
+        needed.append("lm_ft")
+    if any(system.background == "r_ft" for system in systems):
+        needed.append("retrieved_r_ft")
+    return tuple(needed)
+
+
+def _systems(config: ConfigDict) -> dict[str, System]:
+    """Those of the table.
+
+    Raises:
+        ValueError: a name that is none.
+    """
+    unknown = [name for name in config.evaluate.systems if name not in SYSTEMS]
+    if unknown:
+        raise ValueError(f"evaluate.systems: {unknown} not among {', '.join(SYSTEMS)}")
+    return {name: SYSTEMS[name] for name in config.evaluate.systems}
+
+
+def retrievers(config: ConfigDict) -> dict[str, str]:
+    """Row of the retrieval table -> where its passages are."""
+    found = {START: "retrieved"}
+    if "retrieved_r_ft" in inputs(config):
+        # The tuned one first, its controls after it.
+        targets = sorted(
+            path.name
+            for path in (Path(config.workdir) / "retrieved_r_ft").iterdir()
+            if path.name in RETRIEVERS
+        )
+        targets.sort(key=lambda target: target != config.r_ft.target)
+        found |= {RETRIEVERS[name]: f"retrieved_r_ft/{name}" for name in targets}
     return found
 
 
-def retrieval_rows(
-    questions: Sequence[Question], store: PassageStore, seed: int
-) -> list[Row]:
+def questions(config: ConfigDict, store: PassageStore) -> list[Question]:
+    """The first ``evaluate.limit`` questions of every test file (0: all)."""
+    found = []
+    by_retriever = {
+        name: read_retrieved(Path(config.workdir), "test", folder)
+        for name, folder in retrievers(config).items()
+    }
+    for dataset, (examples, _) in by_retriever[START].items():
+        for i, example in enumerate(examples[: config.evaluate.limit or None]):
+            retrieved = {}
+            for name, datasets in by_retriever.items():
+                ids, scores = (array[i] for array in datasets[dataset][1])
+                real = ids >= 0
+                retrieved[name] = (
+                    tuple(ids[real].tolist()),
+                    tuple(scores[real].tolist()),
+                )
+            gold = gold_passages(example, store) if example.document else set()
+            found.append(Question(dataset, example, retrieved, tuple(sorted(gold))))
+    return found
+
+
+def retrieval_values(
+    questions: Sequence[Question], store: PassageStore
+) -> list[Values]:
     """answer@k, and gold@k and MRR on datasets whose gold passages are known."""
-    rows = []
+    found = []
     for dataset in dict.fromkeys(q.dataset for q in questions):
         ours = [q for q in questions if q.dataset == dataset]
-        depth = min(max(metrics.DEPTHS), min(len(q.retrieved) for q in ours))
-        ids_NC = np.asarray([q.retrieved[:depth] for q in ours], np.int64)
-        values = metrics.retrieval_values(
-            ids_NC,
-            answer_hits(ids_NC, [q.example for q in ours], store),
-            [q.gold for q in ours],
-        )
         groups_N = _groups(ours)
-        rows += [
-            measure(RETRIEVER, dataset, name, value, seed, groups_N)
-            for name, value in values.items()
-        ]
-    return rows
-
-
-def group(example: Example) -> str:
-    """What questions are resampled by: the head of the document id, ``fr`` of
-    ``fr/geography``; questions about one thing are not independent."""
-    return example.document.split("/")[0]
+        for name in ours[0].retrieved:
+            ids = [q.retrieved[name][0] for q in ours]
+            depth = min(max(metrics.DEPTHS), min(map(len, ids)))
+            ids_NC = np.asarray([row[:depth] for row in ids], np.int64)
+            values = metrics.retrieval_values(
+                ids_NC,
+                answer_hits(ids_NC, [q.example for q in ours], store),
+                [q.gold for q in ours],
+            )
+            found += [
+                Values(name, dataset, metric, value_N, groups_N)
+                for metric, value_N in values.items()
+            ]
+    return found
 
 
 def _groups(questions: Sequence[Question]) -> np.ndarray | None:
-    labels = [group(q.example) for q in questions]
+    """What questions are resampled by."""
+    labels = [subject(q.example) for q in questions]
     return np.asarray(labels) if all(labels) else None
 
 
@@ -244,7 +293,7 @@ class Reader:
             else (),
             em=metrics.exact_match(prediction, example.answers),
             f1=metrics.f1(prediction, example.answers),
-            group=group(example),
+            group=subject(example),
         )
 
 
@@ -256,17 +305,19 @@ def read_for(
         return (), ()
     if system.background == "gold":
         return question.gold[:1], (1.0,)
+    name = START
+    if system.background == "r_ft":
+        name = RETRIEVERS[config.r_ft.target]
+    ids, scores = question.retrieved[name]
     k = config.evaluate.passages
-    scores_BC = np.asarray([question.scores[:k]], np.float32)
+    scores_BC = np.asarray([scores[:k]], np.float32)
     weights = passage_weights(scores_BC, config.evaluate.score_temperature)[0]
-    return question.retrieved[:k], tuple(weights.tolist())
+    return ids[:k], tuple(weights.tolist())
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Run every system and write the report; finished systems are kept."""
-    unknown = [name for name in config.evaluate.systems if name not in SYSTEMS]
-    if unknown:
-        raise ValueError(f"evaluate.systems: {unknown} not among {', '.join(SYSTEMS)}")
+    systems = _systems(config)
     store = PassageStore(Path(config.workdir) / "passages")
     asked = questions(config, store)
     tokenizer = load_tokenizer(lm_folder(config))
@@ -277,8 +328,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     done: dict[str, list[Generation]] = {}
     for finetuned, load in loaders.items():
         reader: Reader | None = None
-        for name in config.evaluate.systems:
-            system = SYSTEMS[name]
+        for name, system in systems.items():
             if system.finetuned != finetuned:
                 continue
             ours = asked
@@ -303,18 +353,33 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             done[name] = _load(file)
         del reader
         gc.collect()
-    generations = [g for name in config.evaluate.systems for g in done.get(name, [])]
-    rows = answer_rows(generations, config.seed)
-    rows += retrieval_rows(asked, store, config.seed)
+    generations = [g for name in systems for g in done.get(name, [])]
+    answers = answer_values(generations)
+    retrieval = retrieval_values(asked, store)
+    seed = config.seed
+    tuned = [name for name in retrievers(config) if name != START]
+    differences = [
+        # A question without a gold passage has no answer from one.
+        *compare(answers, [pair for pair in PAIRS if _comparable(pair, done)], seed),
+        *compare(retrieval, [(START, name) for name in tuned], seed),
+    ]
     write_report(
         folder,
-        rows,
+        [measure(values, seed) for values in (*answers, *retrieval)],
         generations,
-        [pair for pair in PAIRS if all(name in done for name in pair)],
-        config.seed,
+        differences,
+        seed,
         config.evaluate.examples,
     )
     return {"questions": len(asked), "systems": list(done)}
+
+
+def _comparable(
+    pair: tuple[str, str], done: Mapping[str, Sequence[Generation]]
+) -> bool:
+    """Whether both systems of a pair answered, and the same questions."""
+    asked = [{(g.dataset, g.question_id) for g in done.get(name, ())} for name in pair]
+    return bool(asked[0]) and asked[0] == asked[1]
 
 
 def _save(file: Path, generations: Sequence[Generation]) -> None:
@@ -341,17 +406,16 @@ def _load(file: Path) -> list[Generation]:
 def summary(workdir: Path, examples: int = 3) -> str:
     """A finished report as text for a terminal: tables, and a few answers."""
     report = workdir / "report"
-    rows = []
-    for row in json.loads((report / "results.json").read_text()):
-        lo, hi = row.pop("ci95")
-        rows.append(Row(**row, lo=lo, hi=hi))
-    return text_report(rows, _load(report / "generations.jsonl"), examples)
+    # The terminal shows what R-FT did; the report has every comparison.
+    shown = [
+        found
+        for found in read_differences(report)
+        if "R-FT" in found.second
+        and found.metric in ("em", "gold@1", "answer@1", "mrr")
+    ]
+    return text_report(
+        read_rows(report), _load(report / "generations.jsonl"), shown, examples
+    )
 
 
-STAGE = Stage(
-    "report",
-    ("passages", "retrieved", "lm_ft"),
-    ("lm",),
-    settings,
-    build,
-)
+STAGE = Stage("report", inputs, ("lm",), settings, build)

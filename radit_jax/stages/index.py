@@ -14,8 +14,8 @@ from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.models.encoder import Encoder
 from radit_jax.models.huggingface import load_encoder
-from radit_jax.retrieval.embed import EmbeddingStore, embed_passages
-from radit_jax.retrieval.index import ScannSettings, build_index
+from radit_jax.retrieval.embed import EmbeddingStore, EmbedStats, embed_passages
+from radit_jax.retrieval.index import Built, ScannSettings, build_index
 from radit_jax.stages.stage import (
     Stage,
     compute_dtype,
@@ -97,7 +97,7 @@ def tokenizing(tokenizer: Tokenizer, max_length: int) -> Tokenize:
     )
 
 
-class _Texts:
+class DisplayTexts:
     """What the encoder reads of each passage, by id."""
 
     def __init__(self, store: PassageStore):
@@ -110,15 +110,18 @@ class _Texts:
         return self.store[id].display
 
 
-def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
-    """Embed every passage, then build the structure that is searched."""
-    store = PassageStore(Path(config.workdir) / "passages")
-    encode, tokenize, length = tower(
-        config, context_folder(config), config.index.max_tokens
-    )
+def embed_corpus(
+    config: ConfigDict,
+    store: PassageStore,
+    encode: Encode,
+    tokenize: Tokenize,
+    length: int,
+    folder: Path,
+) -> EmbedStats:
+    """Embed every passage into a folder; shards that are there are kept."""
     with progress(len(store), "index", "passages") as bar:
-        stats = embed_passages(
-            _Texts(store),
+        return embed_passages(
+            DisplayTexts(store),
             tokenize,
             encode,
             folder,
@@ -128,13 +131,25 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             row_multiple=sharding.row_shards(),
             progress=bar,
         )
-    built = build_index(
+
+
+def build_structure(config: ConfigDict, folder: Path) -> Built:
+    """Build what is searched beside the embeddings of a folder."""
+    return build_index(
         config.index.kind,
         EmbeddingStore(folder),
         folder,
         settings=settings_of(ScannSettings, config.index),
         seed=config.seed,
     )
+
+
+def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
+    """Embed every passage, then build the structure that is searched."""
+    store = PassageStore(Path(config.workdir) / "passages")
+    side = tower(config, context_folder(config), config.index.max_tokens)
+    stats = embed_corpus(config, store, *side, folder)
+    built = build_structure(config, folder)
     return {
         "passages": len(store),
         "passages_per_second": round(stats.passages_per_second, 1),

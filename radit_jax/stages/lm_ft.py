@@ -43,7 +43,7 @@ from radit_jax.stages.stage import (
 from radit_jax.stages.training import (
     COUNTS,
     Metric,
-    load_best,
+    load_checkpoint,
     train,
     training_settings,
 )
@@ -271,7 +271,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
 def load_finetuned(config: ConfigDict) -> Llama:
     """The best checkpoint of the finished stage, on the current mesh."""
     shape = read_llama_config(lm_folder(config))
-    return load_best(
+    return load_checkpoint(
         Path(config.workdir) / "lm_ft", METRIC, lambda key: Llama(shape, key)
     )
 

@@ -1,30 +1,33 @@
 """Stage ``lm_score``: retrieved/ and a language model -> scored/, for R-FT.
 
-For every question and each of its passages, log p_LM(answer | passage, question), and
-the same without a passage (RA-DIT section 2.3). The model is frozen. Questions that
-retrieved the same passage stand together and read it once; everything is packed into
-rows of one shape, so that one program scores it all.
+For every question and each of its passages, log p_LM(answer | passage, question) of
+every token of the answer, and the same without a passage (RA-DIT section 2.3). The
+model is frozen. Questions that retrieved the same passage stand together and read it
+once; everything is packed into rows of one shape, so that one program scores it all.
+Several processes share the pairs; each ends up with all scores.
 """
 
 import functools
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from radit_jax import sharding
-from radit_jax.batch import Example, Packed, Retrieved
+from radit_jax.batch import Example, Packed
 from radit_jax.data import pipeline, prompts
 from radit_jax.data.corpus import PassageStore
+from radit_jax.data.tasks import subject
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.inference.score import target_log_probabilities
 from radit_jax.models.huggingface import check_vocabulary, load_llama
 from radit_jax.models.llama import Llama
-from radit_jax.stages.retrieve import SPLITS, read_retrieved, write_arrays
+from radit_jax.stages.retrieve import CORPUS, SPLITS, read_retrieved, write_arrays
 from radit_jax.stages.stage import (
     Stage,
     check_counts,
@@ -40,6 +43,7 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     """The lm_score section and the language model's content."""
     return section(config.lm_score) | {
         "lm": field_fingerprint(config, "lm"),
+        "seed": config.seed,
         "dtype": config.dtype,
     }
 
@@ -53,13 +57,30 @@ def check_settings(config: ConfigDict) -> None:
     lm_score = config.lm_score
     counts = ("passages", "row_tokens", "row_targets", "rows", "packing_bins")
     check_counts("lm_score", lm_score, (*counts, "shard_size"))
-    unknown = [name for name in lm_score.splits if name not in SPLITS]
+    known = (*SPLITS, CORPUS)
+    unknown = [name for name in lm_score.splits if name not in known]
     if unknown or not lm_score.splits:
         raise ValueError(
             f"lm_score.splits = {tuple(lm_score.splits)}: expected some of "
-            f"{', '.join(SPLITS)}"
+            f"{', '.join(known)}"
         )
+    if lm_score.limit < 0:
+        raise ValueError(f"lm_score.limit = {lm_score.limit} must be 0 (all) or more")
     sharding.check_rows(lm_score.rows, f"lm_score.rows = {lm_score.rows}")
+
+
+class Scored(NamedTuple):
+    """Log-probabilities of the answers of a list of pairs, in nats."""
+
+    token_log_p: np.ndarray  # float32, the tokens of all answers one after the other
+    tokens: np.ndarray  # int32 [pairs], of each answer
+
+    @property
+    def log_p(self) -> np.ndarray:
+        """Summed over each answer, float32 [pairs]."""
+        owners = np.repeat(np.arange(len(self.tokens)), self.tokens)
+        sums = np.bincount(owners, self.token_log_p, len(self.tokens))
+        return sums.astype(np.float32)
 
 
 class Scorer:
@@ -75,16 +96,31 @@ class Scorer:
                 f"lm_score.row_tokens = {self.config.row_tokens} is more than the "
                 f"model's context of {model.config.max_length} tokens"
             )
+        processes = jax.process_count()
+        if self.config.rows % processes:
+            raise ValueError(
+                f"lm_score.rows = {self.config.rows} does not divide over {processes} "
+                "processes"
+            )
         self.mixture = pipeline.Mixture(
             row_tokens=self.config.row_tokens,
             row_targets=self.config.row_targets,
-            rows=self.config.rows,
+            rows=self.config.rows // processes,
             packing_bins=self.config.packing_bins,
         )
-        self._log_probabilities = jax.jit(
-            functools.partial(target_log_probabilities, dtype=compute_dtype(config))
-        )
-        # Tokens of all pairs, those read, and the room of all rows.
+
+        # Every process needs the scores of all rows, not of its own alone.
+        @functools.partial(jax.jit, out_shardings=jax.P())
+        def log_probabilities(
+            model: Llama, batch: Packed, prefix_ids_BL: jax.Array
+        ) -> jax.Array:
+            log_BT = target_log_probabilities(
+                model, batch, prefix_ids_BL, compute_dtype(config)
+            )
+            return jax.sharding.reshard(log_BT, jax.P())
+
+        self._log_probabilities = log_probabilities
+        # Tokens of all pairs, those read, and the room of all rows; of this process.
         self.alone = self.read = self.slots = 0
 
     def render(self, example: Example, passage: str) -> prompts.Prompt:
@@ -94,6 +130,9 @@ class Scorer:
             ValueError: the answer tokenises to nothing or is too long; with the
                 example's id.
         """
+        markers = {}
+        if example.source >= 0:
+            markers = {"question_marker": "", "answer_marker": ""}
         try:
             prompt = prompts.render(
                 self.tokenizer,
@@ -103,6 +142,7 @@ class Scorer:
                 answer=example.answers[0],
                 bos=self.config.bos,
                 eos=self.config.eos,
+                **markers,
             )
         except ValueError as error:
             raise ValueError(f"question {example.id}: {error}") from error
@@ -118,42 +158,81 @@ class Scorer:
         self,
         pairs: Sequence[tuple[Example, str]],
         advance: Callable[[int], None] = lambda n: None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> Scored:
         """Score examples, each after a text ("" for none).
 
         Args:
             pairs: those with the same text read it once; let them stand together.
             advance: called with the number of pairs just scored.
-
-        Returns:
-            Sum of the answer's log-probabilities in nats, float32, and number of its
-            tokens, int32, of every pair.
         """
         sequences = [self.render(example, text) for example, text in pairs]
-        sizes = [len(s.tokens) - s.answer_start for s in sequences]
-        self.alone += sum(len(s.tokens) for s in sequences)
-        sums = np.zeros(len(pairs), np.float64)
+        tokens = np.array([len(s.tokens) - s.answer_start for s in sequences], np.int32)
+        starts = np.cumsum(tokens) - tokens
+        token_log_p = np.zeros(int(tokens.sum()), np.float32)
         late: tuple[jax.Array, np.ndarray] | None = None
-        for packed in pipeline.scoring_batches(sequences, self.mixture):
+        for packed in self._batches(sequences):
             on_mesh = Packed(*map(sharding.put_rows, packed.batch))
             prefix_ids_BL = sharding.put_rows(packed.prefix_ids_BL)
             log_BT = self._log_probabilities(self.model, on_mesh, prefix_ids_BL)
-            self.read += int((packed.batch.segment_ids_BL > 0).sum())
-            self.slots += packed.batch.tokens_BL.size
-            # The device works on this batch while the one before is added up.
+            # The device works on this batch while the one before is filed.
             if late is not None:
-                advance(_add(sums, *late))
+                advance(_file(token_log_p, starts, *late))
             late = log_BT, packed.owners_BT
         if late is not None:
-            advance(_add(sums, *late))
-        return sums.astype(np.float32), np.asarray(sizes, np.int32)
+            advance(_file(token_log_p, starts, *late))
+        return Scored(token_log_p, tokens)
+
+    def _batches(
+        self, sequences: Sequence[prompts.Prompt]
+    ) -> Iterator[pipeline.ScoringBatch]:
+        """This process' rows of every batch; the owners are those of all rows."""
+        process, processes = jax.process_index(), jax.process_count()
+        # Neighbours share a passage, so that each process has a stretch of them.
+        bounds = np.linspace(0, len(sequences), processes + 1).astype(int)
+        start, stop = bounds[process : process + 2]
+        mine = pipeline.scoring_batches(sequences[start:stop], self.mixture)
+        if processes > 1:
+            mine = self._in_step(mine, int(start))
+        for packed in mine:
+            self.read += int((packed.batch.segment_ids_BL > 0).sum())
+            self.slots += packed.batch.tokens_BL.size
+            yield packed
+        self.alone += sum(len(s.tokens) for s in sequences[start:stop])
+
+    def _in_step(
+        self, batches: Iterator[pipeline.ScoringBatch], start: int
+    ) -> Iterator[pipeline.ScoringBatch]:
+        """As many batches on every process, with the owners of everyone's rows."""
+        while True:
+            packed = next(batches, None)
+            going = multihost_utils.process_allgather(np.array(packed is not None))
+            if not going.any():
+                return
+            if packed is None:
+                packed = pipeline.empty_batch(self.mixture)
+            owners_BT = np.where(
+                packed.owners_BT >= 0, packed.owners_BT + start, packed.owners_BT
+            )
+            everyone = multihost_utils.process_allgather(owners_BT, tiled=True)
+            yield packed._replace(owners_BT=np.asarray(everyone))
 
 
-def _add(sums: np.ndarray, log_BT: jax.Array, owners_BT: np.ndarray) -> int:
-    """Add a batch's log-probabilities to their sequences; how many there were."""
+def _file(
+    token_log_p: np.ndarray,
+    starts: np.ndarray,
+    log_BT: jax.Array,
+    owners_BT: np.ndarray,
+) -> int:
+    """Put a batch's log-probabilities in their place; of how many sequences."""
     used = owners_BT >= 0
-    np.add.at(sums, owners_BT[used], np.asarray(log_BT)[used].astype(np.float64))
-    return len(np.unique(owners_BT[used]))
+    owners = owners_BT[used]
+    # A sequence stands in one row, its sites in order.
+    order = np.argsort(owners, kind="stable")
+    owners = owners[order]
+    unique, first = np.unique(owners, return_index=True)
+    within = np.arange(len(owners)) - np.repeat(first, np.diff([*first, len(owners)]))
+    token_log_p[starts[owners] + within] = np.asarray(log_BT)[used][order]
+    return len(unique)
 
 
 class Pairs(NamedTuple):
@@ -175,21 +254,55 @@ def all_pairs(ids_BC: np.ndarray) -> Pairs:
     return Pairs(examples[order], columns[order] - 1, passages[order])
 
 
+class _Part(NamedTuple):
+    """The examples of a dataset that are scored."""
+
+    places: np.ndarray  # int64, among those retrieved for
+    examples: list[Example]
+    ids: np.ndarray  # int64 [examples, k]; -1: none
+
+
+def _parts(config: ConfigDict) -> dict[tuple[str, str], _Part]:
+    """(Split, dataset) -> a random choice of ``lm_score.limit`` of the split's.
+
+    Subjects are drawn, with all their questions: these share passages.
+    """
+    lm_score = config.lm_score
+    found: dict[tuple[str, str], _Part] = {}
+    for split in lm_score.splits:
+        parts = read_retrieved(Path(config.workdir), split)
+        subjects = [
+            subject(example) or f"{name} {example.id}"
+            for name, (examples, _) in parts.items()
+            for example in examples
+        ]
+        _, of_example = np.unique(subjects, return_inverse=True)
+        rng = np.random.default_rng(config.seed)
+        drawn = rng.permutation(len(subjects))[of_example]
+        chosen = np.sort(np.argsort(drawn, kind="stable")[: lm_score.limit or None])
+        start = 0
+        for name, (examples, retrieved) in parts.items():
+            mine = (chosen >= start) & (chosen < start + len(examples))
+            places = chosen[mine] - start
+            start += len(examples)
+            found[split, name] = _Part(
+                places,
+                [examples[i] for i in places],
+                retrieved.ids[places, : lm_score.passages],
+            )
+    return found
+
+
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Score shard by shard, a shard that is there is kept; then sort by example."""
     check_settings(config)
-    workdir = Path(config.workdir)
-    store = PassageStore(workdir / "passages")
+    store = PassageStore(Path(config.workdir) / "passages")
     tokenizer = load_tokenizer(lm_folder(config))
     scorer = Scorer(config, load_llama(lm_folder(config)), tokenizer)
-    parts = {
-        (split, name): part
-        for split in config.lm_score.splits
-        for name, part in read_retrieved(workdir, split).items()
-    }
-    k, size = config.lm_score.passages, config.lm_score.shard_size
-    examples = [example for part, _ in parts.values() for example in part]
-    ids_BC = np.concatenate([found.ids[:, :k] for _, found in parts.values()])
+    parts = _parts(config)
+    size = config.lm_score.shard_size
+    examples = [example for part in parts.values() for example in part.examples]
+    ids_BC = np.concatenate([part.ids for part in parts.values()])
     pairs = all_pairs(ids_BC)
     shards = folder / "shards"
     files = []
@@ -200,22 +313,12 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             if files[-1].exists():
                 bar.skip(len(part.examples))
                 continue
-            read = np.unique(part.passages[part.passages >= 0])
-            texts = {p.id: p.display for p in store.get(read)} | {-1: ""}
-            log_p, tokens = scorer(
-                [
-                    (examples[example], texts[int(passage)])
-                    for example, passage in zip(
-                        part.examples, part.passages, strict=True
-                    )
-                ],
-                bar.update,
-            )
-            write_arrays(files[-1], log_p=log_p, tokens=tokens)
+            scored = scorer(texts_of(part, examples, store), bar.update)
+            write_arrays(files[-1], **scored._asdict())
     _write_scores(folder, parts, ids_BC, pairs, files)
     shutil.rmtree(shards)
     counts: dict[str, Any] = {
-        f"{split}/{name}": len(part) for (split, name), (part, _) in parts.items()
+        f"{split}/{name}": len(part.examples) for (split, name), part in parts.items()
     }
     if scorer.slots:
         # Of this run: what an earlier one scored is not known.
@@ -224,31 +327,80 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     return counts | {"pairs": len(pairs.examples)}
 
 
+def texts_of(
+    pairs: Pairs, examples: Sequence[Example], store: PassageStore
+) -> list[tuple[Example, str]]:
+    """What ``Scorer`` is given of pairs: the example and the text of the passage."""
+    read = np.unique(pairs.passages[pairs.passages >= 0])
+    texts = {passage.id: passage.display for passage in store.get(read)} | {-1: ""}
+    return [
+        (examples[example], texts[int(passage)])
+        for example, passage in zip(pairs.examples, pairs.passages, strict=True)
+    ]
+
+
+class ScoreTable(NamedTuple):
+    """Scores by example; the first column is of no passage."""
+
+    log_p: np.ndarray  # float32 [examples, k + 1]; -inf: not scored
+    token_log_p: np.ndarray  # float32 [tokens of all answers, k + 1]; the same
+
+
+def score_table(
+    scored: Scored, pairs: Pairs, tokens: np.ndarray, columns: int
+) -> ScoreTable:
+    """Scores of pairs in any order as a table.
+
+    Args:
+        scored: the scores.
+        pairs: what they are of; column -1 becomes the first one of the table.
+        tokens: of each example's answer, the same after every passage.
+        columns: of the table.
+    """
+    at = pairs.columns + 1
+    log_p = np.full((len(tokens), columns), -np.inf, np.float32)
+    log_p[pairs.examples, at] = scored.log_p
+    token_log_p = np.full((int(tokens.sum()), columns), -np.inf, np.float32)
+    starts = np.cumsum(tokens) - tokens
+    within = np.arange(len(scored.token_log_p)) - np.repeat(
+        np.cumsum(scored.tokens) - scored.tokens, scored.tokens
+    )
+    rows = np.repeat(starts[pairs.examples], scored.tokens) + within
+    token_log_p[rows, np.repeat(at, scored.tokens)] = scored.token_log_p
+    return ScoreTable(log_p, token_log_p)
+
+
 def _write_scores(
     folder: Path,
-    parts: Mapping[tuple[str, str], tuple[list[Example], Retrieved]],
+    parts: Mapping[tuple[str, str], _Part],
     ids_BC: np.ndarray,
     pairs: Pairs,
     files: Sequence[Path],
 ) -> None:
     """Scores by example, one file per dataset."""
     shards = [np.load(file) for file in files]
-    log_p_B1C = np.full((len(ids_BC), ids_BC.shape[1] + 1), -np.inf, np.float32)
-    at = pairs.examples, pairs.columns + 1
-    log_p_B1C[at] = np.concatenate([shard["log_p"] for shard in shards])
-    tokens_B = np.zeros(len(ids_BC), np.int32)
-    # The same after every passage: the answer is tokenised apart from it.
-    tokens_B[pairs.examples] = np.concatenate([shard["tokens"] for shard in shards])
-    end = 0
-    for (split, name), (examples, _) in parts.items():
-        start, end = end, end + len(examples)
+    scored = Scored(
+        *(np.concatenate([shard[name] for shard in shards]) for name in Scored._fields)
+    )
+    tokens = np.zeros(len(ids_BC), np.int32)
+    tokens[pairs.examples] = scored.tokens
+    table = score_table(scored, pairs, tokens, ids_BC.shape[1] + 1)
+    token_ends = np.cumsum(tokens)
+    end = token_end = 0
+    for (split, name), part in parts.items():
+        start, end = end, end + len(part.examples)
+        if end == start:
+            continue
+        token_start, token_end = token_end, int(token_ends[end - 1])
         write_arrays(
             folder / split / name / "scores.npz",
-            ids=ids_BC[start:end],
-            log_p=log_p_B1C[start:end, 1:],
-            log_p_alone=log_p_B1C[start:end, 0],
-            tokens=tokens_B[start:end],
-            characters=np.array([len(e.answers[0]) for e in examples], np.int32),
+            places=part.places,
+            ids=part.ids,
+            log_p=table.log_p[start:end, 1:],
+            log_p_alone=table.log_p[start:end, 0],
+            token_log_p=table.token_log_p[token_start:token_end, 1:],
+            tokens=tokens[start:end],
+            characters=np.array([len(e.answers[0]) for e in part.examples], np.int32),
         )
 
 

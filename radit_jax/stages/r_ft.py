@@ -2,11 +2,13 @@
 
 RA-DIT's second half: the query encoder learns the language model's preferences among
 the passages of a question, KL(p_R || p_LSR) (section 2.3). Passage embeddings are
-gathered from the index and never change.
+gathered from the index and never change. Controls are trained the same way towards
+other targets, each in a folder named after its target.
 """
 
 import functools
 import logging
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +21,31 @@ from ml_collections import ConfigDict
 
 from radit_jax import artifacts, losses, optim, sharding
 from radit_jax.batch import Candidates, Example
-from radit_jax.data.candidates import Questions, candidate_batches
+from radit_jax.data.candidates import (
+    CandidateBatches,
+    Questions,
+    gather_embeddings,
+    gather_tokens,
+)
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tasks import gold_passages
-from radit_jax.data.tokenize import Tokenizer, load_tokenizer
+from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.evaluation import metrics
 from radit_jax.loop import TrainState
 from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.huggingface import check_vocabulary, read_encoder_config
-from radit_jax.retrieval.embed import EmbeddingStore, embed_queries
-from radit_jax.retrieval.index import Index, open_index
-from radit_jax.stages.index import encoding, load_tower, tokenizing
-from radit_jax.stages.retrieve import answer_hits, read_retrieved
+from radit_jax.retrieval.embed import EmbeddingStore
+from radit_jax.retrieval.index import ExactIndex, Index, open_index
+from radit_jax.stages.index import (
+    build_structure,
+    context_folder,
+    embed_corpus,
+    encoding,
+    load_tower,
+    tokenizing,
+)
+from radit_jax.stages.refresh import Refresher
+from radit_jax.stages.retrieve import CORPUS, Searcher, answer_hits, read_retrieved
 from radit_jax.stages.stage import (
     Stage,
     check_counts,
@@ -38,10 +53,19 @@ from radit_jax.stages.stage import (
     field_fingerprint,
     section,
 )
+from radit_jax.stages.targets import (
+    TARGETS,
+    Scores,
+    control_targets,
+    gold_agreement,
+    lm_targets,
+    read_scores,
+    target_facts,
+)
 from radit_jax.stages.training import (
     COUNTS,
     Metric,
-    load_best,
+    load_checkpoint,
     train,
     training_settings,
 )
@@ -49,18 +73,29 @@ from radit_jax.stages.training import (
 log = logging.getLogger(__name__)
 
 METRIC = Metric("mrr", higher_is_better=True)
-LOSSES = ("kl", "reverse_kl")
-# Entropy above this share of the largest possible: a target that says nothing.
-FLAT = 0.95
-# A passage with more than this: a target that says one thing.
-SHARP = 0.95
+# Cross-entropy with the passages of all questions of a batch to tell apart.
+CONTRASTIVE = "contrastive"
+LOSSES = (*losses.RETRIEVER_LOSSES, CONTRASTIVE)
+# With probabilities of 0 in the target, KL(p_R || target) is infinite.
+GOLD_LOSSES = ("reverse_kl", "pdist", CONTRASTIVE)
+
+
+class Towers(NamedTuple):
+    """What trains: the query encoder, or both."""
+
+    query: Encoder
+    context: Encoder | None = None  # None: frozen, its embeddings are in the index
 
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
-    """The r_ft section and the query encoder's content; not the mesh."""
+    """The r_ft section and the encoders' content; not the mesh."""
     return training_settings(config.r_ft) | {
         "encoder": field_fingerprint(config, "encoder"),
+        "context_encoder": field_fingerprint(
+            config, "context_encoder" if config.context_encoder else "encoder"
+        ),
         "pooling": section(config.pooling),
+        "question_tokens": config.retrieve.max_tokens,
         "seed": config.seed,
         "dtype": config.dtype,
     }
@@ -73,12 +108,46 @@ def check_settings(config: ConfigDict, encoder: EncoderConfig) -> float:
         ValueError: naming the setting.
     """
     r_ft = config.r_ft
-    check_counts("r_ft", r_ft, ("max_tokens", "validation_depth", *COUNTS))
-    for name, known in (("loss", LOSSES), ("score_mode", losses.SCORE_MODES)):
+    check_counts("r_ft", r_ft, ("validation_depth", "passage_tokens", *COUNTS))
+    for name, known in (
+        ("loss", LOSSES),
+        ("score_mode", losses.SCORE_MODES),
+        ("target", TARGETS),
+        ("towers", ("query", "both")),
+    ):
         if r_ft[name] not in known:
             raise ValueError(
                 f"r_ft.{name} = {r_ft[name]!r} is not one of {', '.join(known)}"
             )
+    for control in r_ft.controls:
+        if control not in TARGETS or control == r_ft.target:
+            others = [target for target in TARGETS if target != r_ft.target]
+            raise ValueError(
+                f"r_ft.controls: {control!r} is not one of {', '.join(others)}"
+            )
+    if r_ft.target == "gold" and r_ft.loss not in GOLD_LOSSES:
+        raise ValueError(
+            f"r_ft.target = 'gold' gives passages no probability at all, and r_ft.loss "
+            f"= {r_ft.loss!r} would be infinite; take one of {', '.join(GOLD_LOSSES)}"
+        )
+    if r_ft.loss == CONTRASTIVE and r_ft.target != "gold":
+        raise ValueError(
+            f"r_ft.loss = {CONTRASTIVE!r} knows right and wrong passages only; it "
+            f"needs r_ft.target=gold, not {r_ft.target!r}"
+        )
+    if r_ft.refresh_every < 0:
+        raise ValueError(
+            f"r_ft.refresh_every = {r_ft.refresh_every} must be 0 (never) or more"
+        )
+    if r_ft.refresh_every and (r_ft.target != "lm" or r_ft.controls):
+        raise ValueError(
+            "r_ft.refresh_every scores new candidates with the language model; it goes "
+            "with r_ft.target=lm and no r_ft.controls"
+        )
+    if not 0 <= r_ft.corpus_share <= 1:
+        raise ValueError(
+            f"r_ft.corpus_share = {r_ft.corpus_share} must be between 0 and 1"
+        )
     if r_ft.target_temperature <= 0:
         raise ValueError(
             f"r_ft.target_temperature = {r_ft.target_temperature} must be positive"
@@ -96,108 +165,46 @@ def check_settings(config: ConfigDict, encoder: EncoderConfig) -> float:
     return 1.0 if temperature is None else temperature
 
 
-class Scores(NamedTuple):
-    """A split with the language model's scores, datasets one after the other."""
+def retriever_loss(
+    towers: Towers,
+    batch: Candidates,
+    dtype: jnp.dtype,
+    loss_name: str,
+    temperature: float,
+) -> tuple[Array, dict[str, Array]]:
+    """Mean loss of a batch's questions in nats, and what is logged beside it.
 
-    examples: list[Example]
-    ids: np.ndarray  # int64 [examples, C]
-    log_p: np.ndarray  # float32 [examples, C]; -inf: no passage
-    tokens: np.ndarray  # int32 [examples]
-
-
-def read_scores(workdir: Path, split: str) -> Scores:
-    """Retrieved examples with their scores.
-
-    Raises:
-        ValueError: the split was not scored, or a score is not a number.
+    Args:
+        towers: what trains.
+        batch: on the mesh.
+        dtype: of compute; scores and probabilities are float32.
+        loss_name: one of LOSSES.
+        temperature: of p_R.
     """
-    examples: list[Example] = []
-    arrays: list[dict[str, np.ndarray]] = []
-    for name, (part, _) in read_retrieved(workdir, split).items():
-        file = workdir / "scored" / split / name / "scores.npz"
-        if not file.is_file():
-            raise ValueError(
-                f"{file}: no such file; run lm_score with {split!r} among "
-                "lm_score.splits"
-            )
-        arrays.append(dict(np.load(file)))
-        examples += part
-        log_p = arrays[-1]["log_p"]
-        for i in np.flatnonzero(np.isnan(log_p).any(axis=1) | (log_p > 0).any(axis=1)):
-            raise ValueError(
-                f"{file}: question {part[i].id} has the log-probabilities {log_p[i]}; "
-                "run lm_score again"
-            )
-    ids, log_p, tokens = (
-        np.concatenate([part[name] for part in arrays])
-        for name in ("ids", "log_p", "tokens")
+    queries_BE = towers.query(batch.tokens_BL, batch.mask_BL, dtype)
+    passages_BCE = _passages(towers, batch, dtype)
+    scores_BC = jnp.einsum("BE,BCE->BC", queries_BE, passages_BCE)
+    log_q_BC = batch.log_targets_BC
+    log_p_BC = losses.retriever_log_probabilities(
+        scores_BC, batch.ids_BC >= 0, temperature
     )
-    return Scores(examples, ids, log_p, tokens)
-
-
-class TargetFacts(NamedTuple):
-    """What a set of targets is like."""
-
-    entropy: float  # mean, as a share of the largest possible
-    flat: float  # share of questions whose target says nothing
-    sharp: float  # share whose target has nearly everything on one passage
-
-
-def target_facts(log_q_BC: np.ndarray) -> TargetFacts:
-    """Of targets with at least two passages each."""
-    present_BC = log_q_BC > losses.ABSENT / 2
-    entropy_B = np.asarray(losses.entropy(jnp.asarray(log_q_BC)))
-    share_B = entropy_B / np.log(present_BC.sum(axis=1))
-    return TargetFacts(
-        float(share_B.mean()),
-        float((share_B > FLAT).mean()),
-        float((np.exp(log_q_BC.max(axis=1)) > SHARP).mean()),
-    )
-
-
-def targets(config: ConfigDict, scores: Scores) -> tuple[np.ndarray, TargetFacts]:
-    """log p_LSR [examples, C], refused if most of it says nothing.
-
-    Raises:
-        ValueError: with settings under which the same scores would say something.
-    """
-    r_ft = config.r_ft
-
-    def under(mode: str, temperature: float) -> tuple[np.ndarray, TargetFacts]:
-        log_q_BC = np.asarray(
-            losses.lsr_log_target(
-                jnp.asarray(scores.log_p), jnp.asarray(scores.tokens), temperature, mode
-            )
-        )
-        return log_q_BC, target_facts(log_q_BC)
-
-    log_q_BC, facts = under(r_ft.score_mode, r_ft.target_temperature)
-    log.info(
-        "r_ft: targets of %d questions: mean entropy %.2f of the largest possible, "
-        "%.0f %% flat (they teach nothing), %.0f %% with nearly all on one passage",
-        len(log_q_BC),
-        facts.entropy,
-        100 * facts.flat,
-        100 * facts.sharp,
-    )
-    if facts.flat > 0.5:
-        better = []
-        for mode in losses.SCORE_MODES:
-            for temperature in (1.0, 0.3, 0.1, 0.03, 0.01):
-                if under(mode, temperature)[1].flat <= 0.1:
-                    better.append(f"{mode} with temperature {temperature:g}")
-                    break
-        hint = (
-            f"With these scores, targets are clear under {' or '.join(better)}"
-            if better
-            else "These scores tell passages apart under no temperature from .01 to 1"
-        )
-        raise ValueError(
-            f"r_ft.score_mode = {r_ft.score_mode} with r_ft.target_temperature = "
-            f"{r_ft.target_temperature:g}: {100 * facts.flat:.0f} % of the targets are "
-            f"flat, and a retriever trained on them unlearns what it knows. {hint}"
-        )
-    return log_q_BC, facts
+    if loss_name == CONTRASTIVE:
+        log_p_BN, log_q_BN = _in_batch(queries_BE, passages_BCE, batch, temperature)
+        found_B = losses.divergence(log_q_BN, log_p_BN)
+    else:
+        function = losses.RETRIEVER_LOSSES[loss_name]
+        found_B = function(log_p_BC, log_q_BC, batch.token_log_p_BTC)
+    # A control's target of no probability counts as e^-100, so that the KL is one.
+    floor_BC = jnp.maximum(log_q_BC, -100.0)
+    found = found_B.mean()
+    return found, {
+        "loss": found,
+        "kl": losses.divergence(log_p_BC, floor_BC).mean(),
+        "entropy": losses.entropy(log_p_BC).mean(),
+        "target_entropy": losses.entropy(log_q_BC).mean(),
+        "agreement": losses.rank_correlation(log_p_BC, log_q_BC).mean(),
+        "tokens": batch.mask_BL.sum().astype(jnp.float32),
+    }
 
 
 def make_step(
@@ -208,23 +215,9 @@ def make_step(
     temperature: float,
 ) -> Callable[[TrainState, Candidates], tuple[TrainState, dict[str, Array]]]:
     """The jitted optimizer step."""
-
-    def loss(encoder: Encoder, batch: Candidates) -> tuple[Array, dict[str, Array]]:
-        queries_BE = encoder(batch.tokens_BL, batch.mask_BL, dtype)
-        scores_BC = jnp.einsum("BE,BCE->BC", queries_BE, batch.passages_BCE)
-        log_q_BC = batch.log_targets_BC
-        present_BC = log_q_BC > losses.ABSENT / 2
-        log_p_BC = losses.retriever_log_probabilities(
-            scores_BC, present_BC, temperature
-        )
-        pair = (log_p_BC, log_q_BC) if loss_name == "kl" else (log_q_BC, log_p_BC)
-        found = losses.divergence(*pair).mean()
-        return found, {
-            "loss": found,
-            "entropy": losses.entropy(log_p_BC).mean(),
-            "agreement": losses.rank_correlation(log_p_BC, log_q_BC).mean(),
-            "tokens": batch.mask_BL.sum().astype(jnp.float32),
-        }
+    loss = functools.partial(
+        retriever_loss, dtype=dtype, loss_name=loss_name, temperature=temperature
+    )
 
     @functools.partial(jax.jit, donate_argnames="state")
     def step(
@@ -240,13 +233,96 @@ def make_step(
     return step
 
 
+def _passages(towers: Towers, batch: Candidates, dtype: jnp.dtype) -> Array:
+    """Embeddings [B, C, E]: as the index has them, or by the context encoder."""
+    if towers.context is None:
+        assert batch.passages_BCE is not None
+        return batch.passages_BCE
+    tokens, mask = batch.passage_tokens_BCL, batch.passage_mask_BCL
+    assert tokens is not None
+    assert mask is not None
+    B, C, L = tokens.shape
+    rows, whole = (jax.P(sharding.ROWS, *(None,) * n) for n in (1, 2))
+    flat = (jnp.reshape(x, (B * C, L), out_sharding=rows) for x in (tokens, mask))
+    return jnp.reshape(towers.context(*flat, dtype), (B, C, -1), out_sharding=whole)
+
+
+def _in_batch(
+    queries_BE: Array, passages_BCE: Array, batch: Candidates, temperature: float
+) -> tuple[Array, Array]:
+    """log p_R and the target over the candidates of all questions, [B, B * C].
+
+    A passage that is a candidate of the question itself counts there alone: what is
+    right for it is no negative, wherever it turns up.
+    """
+    B, C = batch.ids_BC.shape
+    everyone_ACE = jax.sharding.reshard(passages_BCE, jax.P())
+    ids_AC = jax.sharding.reshard(batch.ids_BC, jax.P())
+    scores_BAC = jnp.einsum("BE,ACE->BAC", queries_BE, everyone_ACE)
+    own_BA1 = jnp.eye(B, dtype=bool)[:, :, None]
+    seen_BAC = (batch.ids_BC[:, None, None, :] == ids_AC[None, :, :, None]).any(-1)
+    present_BAC = (ids_AC >= 0)[None] & (own_BA1 | ~seen_BAC)
+    log_q_BAC = jnp.where(own_BA1, batch.log_targets_BC[:, None, :], losses.ABSENT)
+    log_p_BN = losses.retriever_log_probabilities(
+        scores_BAC.reshape(B, B * C), present_BAC.reshape(B, B * C), temperature
+    )
+    return log_p_BN, log_q_BAC.reshape(B, B * C)
+
+
 def place(batch: Candidates) -> Candidates:
     """A host batch on the mesh, its rows over the data axes."""
-    return Candidates(*map(sharding.put_rows, batch))
+    return jax.tree.map(sharding.put_rows, batch)
+
+
+class Corpus:
+    """What is searched while the towers change.
+
+    Args:
+        config: of the run.
+        folder: for embeddings of a context encoder that trains.
+        store: the passages.
+    """
+
+    def __init__(self, config: ConfigDict, folder: Path, store: PassageStore):
+        self.config = config
+        self.folder = folder
+        self.store = store
+        self.encode = encoding(config)
+        where = context_folder(config)
+        shape = _tower_config(config, where)
+        self.length = min(config.index.max_tokens, shape.max_length)
+        self.tokenize = tokenizing(load_tokenizer(where), self.length)
+        self.frozen: Index | None = None
+        if config.r_ft.towers == "query":
+            self.frozen = open_index(
+                Path(config.workdir) / "index", jax.sharding.get_mesh()
+            )
+
+    def index(self, towers: Towers) -> Index:
+        """The index as it is, or all passages as the context encoder now sees them."""
+        if self.frozen is not None:
+            return self.frozen
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.embed(towers, self.folder)
+        return ExactIndex(EmbeddingStore(self.folder), jax.sharding.get_mesh())
+
+    def embed(self, towers: Towers, folder: Path) -> None:
+        """All passages by the context encoder that trains."""
+        assert towers.context is not None
+        encode = functools.partial(self.encode, towers.context)
+        embed_corpus(
+            self.config, self.store, encode, self.tokenize, self.length, folder
+        )
+
+
+def _tower_config(config: ConfigDict, folder: str) -> EncoderConfig:
+    return read_encoder_config(
+        folder, config.pooling.kind or None, config.pooling.normalize
+    )
 
 
 class Validation:
-    """Retrieval of dev questions with the encoder as it is."""
+    """Retrieval of dev questions with the towers as they are."""
 
     def __init__(
         self,
@@ -254,37 +330,23 @@ class Validation:
         examples: list[Example],
         gold: list[set[int]],
         store: PassageStore,
-        index: Index,
-        tokenizer: Tokenizer,
-        length: int,
+        searcher: Callable[[Towers], Searcher],
     ):
         order = np.random.default_rng(config.seed).permutation(len(examples))
         chosen = np.sort(order[: config.r_ft.validation_examples])
         self.examples = [examples[i] for i in chosen]
         self.gold = [gold[i] for i in chosen]
         self.store = store
-        self.index = index
-        self.length = length
-        self.depth = min(config.r_ft.validation_depth, index.size)
-        self.tokenize = tokenizing(tokenizer, length)
-        self.batch_tokens = config.r_ft.batch_tokens
-        self.encode = encoding(config)
+        self.searcher = searcher
+        self.depth = min(config.r_ft.validation_depth, len(store))
 
-    def __call__(self, encoder: Encoder) -> dict[str, float]:
+    def __call__(self, towers: Towers) -> dict[str, float]:
         """MRR, and gold passages and answers among the first passages.
 
         MRR is of gold passages where every question names its document, else of the
         first passage that contains an answer.
         """
-        queries_BE = embed_queries(
-            [example.question for example in self.examples],
-            self.tokenize,
-            functools.partial(self.encode, encoder),
-            batch_tokens=self.batch_tokens,
-            max_length=self.length,
-            row_multiple=sharding.row_shards(),
-        )
-        ids_NC = self.index.search(queries_BE, self.depth).ids
+        ids_NC = self.searcher(towers)(self.examples, self.depth).ids
         hits_NC = answer_hits(ids_NC, self.examples, self.store)
         values = metrics.retrieval_values(ids_NC, hits_NC, self.gold)
         if METRIC.name not in values:
@@ -293,107 +355,238 @@ class Validation:
         return {name: float(value_N.mean()) for name, value_N in values.items()}
 
 
-def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
-    """Fine-tune, keeping the checkpoint that retrieves dev questions best."""
-    r_ft, workdir = config.r_ft, Path(config.workdir)
-    encoder = load_tower(config, config.encoder)
-    temperature = check_settings(config, encoder.config)
-    tokenizer = load_tokenizer(config.encoder)
-    check_vocabulary(tokenizer, encoder.config)
-    for name in ("retrieved", "scored"):
-        artifacts.check_inputs(workdir / name)
-    scores = read_scores(workdir, "train")
-    enough = np.isfinite(scores.log_p).sum(axis=1) >= 2
+class Training:
+    """What all targets of a run share: examples, batches and validation."""
+
+    def __init__(self, config: ConfigDict, folder: Path):
+        self.config = config
+        self.folder = folder
+        r_ft, workdir = config.r_ft, Path(config.workdir)
+        shape = _tower_config(config, config.encoder)
+        self.temperature = check_settings(config, shape)
+        tokenizer = load_tokenizer(config.encoder)
+        check_vocabulary(tokenizer, shape)
+        for name in ("retrieved", "scored"):
+            artifacts.check_inputs(workdir / name)
+        self.store = PassageStore(workdir / "passages")
+        self.longest = min(config.retrieve.max_tokens, shape.max_length)
+        self.tokenize = tokenizing(tokenizer, self.longest)
+        self.parts = {"train": r_ft.corpus_share < 1, CORPUS: r_ft.corpus_share > 0}
+        self.scores = {
+            split: _usable(read_scores(workdir, split), split)
+            for split, used in self.parts.items()
+            if used
+        }
+        self.log_q = {
+            split: lm_targets(
+                config, scores, "questions" if split == "train" else "passages"
+            )
+            for split, scores in self.scores.items()
+        }
+        self.tokens = {
+            split: self.tokenize([example.question for example in scores.examples])
+            for split, scores in self.scores.items()
+        }
+        longest = max(len(row) for rows in self.tokens.values() for row in rows)
+        # Few shapes to compile, little padding.
+        self.length = min(-(-longest // 16) * 16, self.longest)
+        self.corpus = Corpus(config, folder / "index-now", self.store)
+        self.gather = gather_embeddings(EmbeddingStore(workdir / "index"))
+        if r_ft.towers == "both":
+            size = min(r_ft.passage_tokens, self.corpus.length)
+            tokenize = tokenizing(load_tokenizer(context_folder(config)), size)
+            self.gather = gather_tokens(self.store, tokenize, size)
+        dev = read_scores(workdir, "dev")
+        gold = [gold_passages(example, self.store) for example in dev.examples]
+        self.agreement = gold_agreement(dev, gold)
+        # Scored or not: retrieval alone is judged.
+        asked = [
+            example
+            for examples, _ in read_retrieved(workdir, "dev").values()
+            for example in examples
+        ]
+        self.validate = Validation(
+            config,
+            asked,
+            [gold_passages(example, self.store) for example in asked],
+            self.store,
+            self.searcher,
+        )
+
+    def searcher(self, towers: Towers) -> Searcher:
+        """Search with the towers as they are."""
+        encode = functools.partial(self.corpus.encode, towers.query)
+        return Searcher(
+            self.config,
+            self.corpus.index(towers),
+            encode,
+            self.tokenize,
+            self.longest,
+        )
+
+    def questions(
+        self, target: str, loss_name: str, scores: Mapping[str, Scores]
+    ) -> list[tuple[Questions, float]]:
+        """What is learnt from, and its share of every batch."""
+        share = self.config.r_ft.corpus_share
+        found = []
+        for split, part in scores.items():
+            log_q_BC = self.log_q[split]
+            if part is not self.scores[split]:
+                log_q_BC = lm_targets(self.config, part, f"refreshed {split} examples")
+            if target != "lm":
+                gold = [
+                    gold_passages(example, self.store) if target == "gold" else set()
+                    for example in part.examples
+                ]
+                log_q_BC = control_targets(
+                    target, part.ids, log_q_BC, gold, self.config.seed
+                )
+            tokens = self.tokens[split]
+            useful: np.ndarray = log_q_BC.max(axis=1) > losses.ABSENT / 2
+            if not useful.all():
+                log.warning(
+                    "r_ft: %d of %d questions have no gold passage among their "
+                    "candidates and are left out",
+                    (~useful).sum(),
+                    len(useful),
+                )
+                part, log_q_BC = part.only(useful), log_q_BC[useful]
+                tokens = [tokens[i] for i in np.flatnonzero(useful)]
+            if part.examples:
+                token_log_p = part.by_example() if loss_name == "emdr2" else None
+                found.append(
+                    (
+                        Questions(tokens, part.ids, log_q_BC, token_log_p),
+                        share if split == CORPUS else 1 - share,
+                    )
+                )
+        if not found:
+            raise ValueError(
+                f"r_ft: no question has a target of kind {target!r}; gold passages are "
+                "known where questions name their `document`"
+            )
+        return found
+
+    def run(self, target: str) -> dict[str, Any]:
+        """Train towards one target, in a folder of its own."""
+        config, r_ft, folder = self.config, self.config.r_ft, self.folder / target
+        loss_name = r_ft.loss
+        if target == "gold" and loss_name not in GOLD_LOSSES:
+            loss_name = "reverse_kl"
+        batches = CandidateBatches(
+            self.questions(target, loss_name, self.scores),
+            self.gather,
+            r_ft.rows,
+            self.length,
+            config.seed,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        extra: dict[str, Any] = {}
+        if r_ft.refresh_every:
+            refresher = Refresher(
+                config, folder / "refresh", self.scores, self.store, self.searcher
+            )
+
+            def before_step(done: int, towers: Towers) -> None:
+                scores = refresher(done, towers)
+                if scores is not None:
+                    batches.replace(self.questions(target, loss_name, scores))
+
+            extra["before_step"] = before_step
+        log.info(
+            "r_ft: towards %s targets, by %s; a falling loss proves nothing, the "
+            "validation MRR decides which checkpoint is kept, the start included",
+            target,
+            loss_name,
+        )
+        found = train(
+            r_ft,
+            folder,
+            load_towers(config),
+            config.seed,
+            METRIC,
+            functools.partial(
+                make_step,
+                dtype=compute_dtype(config),
+                loss_name=loss_name,
+                temperature=self.temperature,
+            ),
+            batches,
+            place,
+            self.validate,
+            **extra,
+        )
+        shutil.rmtree(self.corpus.folder, ignore_errors=True)
+        if r_ft.towers == "both":
+            towers = load_checkpoint(folder, METRIC, lambda key: _abstract(config, key))
+            self.corpus.embed(towers, folder / "index")
+            build_structure(config, folder / "index")
+        return found
+
+
+def _usable(scores: Scores, split: str) -> Scores:
+    """Those with at least two candidates."""
+    enough: np.ndarray = np.sum(scores.ids >= 0, axis=1) >= 2
+    if not enough.any():
+        raise ValueError(f"scored/{split}: no question has two passages or more")
     if not enough.all():
         log.warning(
             "r_ft: %d of %d questions have fewer than two passages and are left out",
             (~enough).sum(),
             len(enough),
         )
-    scores = Scores(
-        [e for e, kept in zip(scores.examples, enough, strict=True) if kept],
-        *(array[enough] for array in scores[1:]),
-    )
-    if not scores.examples:
-        raise ValueError(f"{workdir / 'scored'}: no question has two passages or more")
-    log_q_BC, facts = targets(config, scores)
-    longest = min(r_ft.max_tokens, encoder.config.max_length)
-    questions = [example.question for example in scores.examples]
-    tokens = tokenizing(tokenizer, longest)(questions)
-    # Few shapes to compile, little padding.
-    length = min(-(-max(map(len, tokens)) // 16) * 16, longest)
-    index_folder = workdir / "index"
-    batches = candidate_batches(
-        Questions(tokens, scores.ids, log_q_BC),
-        EmbeddingStore(index_folder),
-        r_ft.rows,
-        length,
-        config.seed,
-        jax.process_index(),
-        jax.process_count(),
-    )
-    store = PassageStore(workdir / "passages")
-    dev = read_scores(workdir, "dev")
-    gold = [gold_passages(example, store) for example in dev.examples]
-    _log_gold_agreement(dev, gold)
-    validate = Validation(
-        config,
-        dev.examples,
-        gold,
-        store,
-        open_index(index_folder, jax.sharding.get_mesh()),
-        tokenizer,
-        longest,
-    )
-    log.info(
-        "r_ft: a falling loss proves nothing; the validation MRR decides which "
-        "checkpoint is kept, the start included"
-    )
-    found = train(
-        r_ft,
-        folder,
-        encoder,
-        config.seed,
+    return scores.only(enough)
+
+
+def load_towers(config: ConfigDict) -> Towers:
+    """What training starts from."""
+    query = load_tower(config, config.encoder)
+    if config.r_ft.towers == "query":
+        return Towers(query)
+    return Towers(query, load_tower(config, context_folder(config)))
+
+
+def _abstract(config: ConfigDict, key: Array) -> Towers:
+    """Towers of the right shape."""
+    query = Encoder(_tower_config(config, config.encoder), key)
+    if config.r_ft.towers == "query":
+        return Towers(query)
+    return Towers(query, Encoder(_tower_config(config, context_folder(config)), key))
+
+
+def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
+    """Fine-tune, keeping the checkpoint that retrieves dev questions best."""
+    training = Training(config, folder)
+    targets = (config.r_ft.target, *config.r_ft.controls)
+    runs = {target: training.run(target) for target in targets}
+    facts = {
+        split: target_facts(training.log_q[split], scores.ids)._asdict()
+        for split, scores in training.scores.items()
+    }
+    return {
+        "runs": runs,
+        "questions": {
+            split: len(scores.examples) for split, scores in training.scores.items()
+        },
+        "targets": facts,
+        **training.agreement,
+    }
+
+
+def load_finetuned_towers(config: ConfigDict, target: str) -> Towers:
+    """What the finished stage learnt, on the current mesh.
+
+    The best checkpoint by validation; of targets that teach nothing right (shuffled,
+    uniform) the last one: the best would be the start, and show nothing of what the
+    target does.
+    """
+    return load_checkpoint(
+        Path(config.workdir) / "r_ft" / target,
         METRIC,
-        functools.partial(
-            make_step,
-            dtype=compute_dtype(config),
-            loss_name=r_ft.loss,
-            temperature=temperature,
-        ),
-        batches,
-        place,
-        validate,
-    )
-    return {**found, "questions": len(scores.examples), **facts._asdict()}
-
-
-def _log_gold_agreement(dev: Scores, gold: list[set[int]]) -> None:
-    """How often the language model prefers the gold passage, where one is known."""
-    agreed, known = 0, 0
-    for right, ids, log_p in zip(gold, dev.ids, dev.log_p, strict=True):
-        if right & set(ids.tolist()):
-            known += 1
-            agreed += int(ids[int(np.argmax(log_p))]) in right
-    if known:
-        share = agreed / known
-        level = logging.WARNING if share < 0.5 else logging.INFO
-        log.log(
-            level,
-            "r_ft: of the %d dev questions with a gold passage among the candidates, "
-            "the language model prefers it for %.0f %%",
-            known,
-            100 * share,
-        )
-
-
-def load_finetuned_encoder(config: ConfigDict) -> Encoder:
-    """The best checkpoint of the finished stage, on the current mesh."""
-    shape = read_encoder_config(
-        config.encoder, config.pooling.kind or None, config.pooling.normalize
-    )
-    return load_best(
-        Path(config.workdir) / "r_ft", METRIC, lambda key: Encoder(shape, key)
+        lambda key: _abstract(config, key),
+        last=target in ("shuffled", "uniform"),
     )
 
 

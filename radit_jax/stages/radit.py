@@ -14,6 +14,7 @@ from radit_jax.stages import (
     prepare,
     r_ft,
     retrieve,
+    retrieve_r_ft,
 )
 from radit_jax.stages.stage import Stage, check_required, existing, run
 
@@ -26,6 +27,7 @@ STAGES: dict[str, Stage] = {
     "retrieve": retrieve.STAGE,
     "lm_score": lm_score.STAGE,
     "r_ft": r_ft.STAGE,
+    "retrieve_r_ft": retrieve_r_ft.STAGE,
     "lm_ft": lm_ft.STAGE,
     "evaluate": evaluate.STAGE,
 }
@@ -59,4 +61,6 @@ def run_chain(config: ConfigDict) -> None:
         print(f"  the same as data                 {report / 'results.json'}")
         print(f"  picture                          {report / 'results.png'}")
         print(f"  every answer with its passages   {report / 'generations.jsonl'}")
-        print(f"  training curves                  {workdir / 'lm_ft' / 'curves.png'}")
+        curves = [workdir / "lm_ft", workdir / "r_ft" / config.r_ft.target]
+        for folder in (folder for folder in curves if folder.is_dir()):
+            print(f"  training curves                  {folder / 'curves.png'}")

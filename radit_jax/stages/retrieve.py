@@ -15,16 +15,25 @@ from radit_jax.artifacts import fingerprint
 from radit_jax.batch import Example, Retrieved
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tasks import read_examples
+from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.evaluation.metrics import contains_answer
 from radit_jax.retrieval.embed import embed_queries
-from radit_jax.retrieval.index import open_index
-from radit_jax.stages.index import tower
-from radit_jax.stages.stage import Stage, existing, field_fingerprint, section
+from radit_jax.retrieval.index import Index, open_index
+from radit_jax.stages.index import Encode, Tokenize, tower
+from radit_jax.stages.stage import (
+    Stage,
+    check_counts,
+    existing,
+    field_fingerprint,
+    section,
+)
 from radit_jax.tracker import progress
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "dev", "test")
+# Not questions but text that continues, from the passages themselves.
+CORPUS = "corpus"
 
 
 def paths(config: ConfigDict, split: str) -> list[Path]:
@@ -94,11 +103,122 @@ def read_splits(config: ConfigDict) -> dict[str, dict[str, list[Example]]]:
     return splits
 
 
+def corpus_examples(
+    config: ConfigDict, store: PassageStore, tokenizer: Tokenizer
+) -> list[Example]:
+    """Self-supervised examples: a passage's first tokens, and its last as the answer.
+
+    RA-DIT section 3.3: the first 50 and the last 50 tokens of random passages. The
+    paper does not say of which tokenizer; they are the query encoder's. Passages with
+    fewer tokens than both ends together are passed over.
+
+    Raises:
+        ValueError: too few passages are long enough.
+    """
+    wanted, size = config.retrieve.corpus_examples, config.retrieve.corpus_tokens
+    order = np.random.default_rng(config.seed).permutation(len(store))
+    examples: list[Example] = []
+    for id in order.tolist():
+        if len(examples) == wanted:
+            break
+        passage = store[id]
+        ends = tokenizer.ends(passage.display, size)
+        if ends is not None:
+            examples.append(
+                Example(
+                    id=f"passage-{id}",
+                    question=ends[0],
+                    answers=(ends[1],),
+                    dataset=CORPUS,
+                    document=passage.document,
+                    source=id,
+                )
+            )
+    if len(examples) < wanted:
+        raise ValueError(
+            f"retrieve.corpus_examples = {wanted}, but only {len(examples)} of "
+            f"{len(store)} passages have {2 * size} tokens; ask for fewer, or for "
+            f"fewer retrieve.corpus_tokens (now {size})"
+        )
+    return examples
+
+
+class Searcher:
+    """Finds the passages of examples with one query encoder.
+
+    Args:
+        config: its retrieve section is used.
+        index: that is searched.
+        encode: token ids and mask to embeddings.
+        tokenize: questions to token ids.
+        length: tokens of the longest question.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        index: Index,
+        encode: Encode,
+        tokenize: Tokenize,
+        length: int,
+    ):
+        self.config = config.retrieve
+        self.index = index
+        self.encode = encode
+        self.tokenize = tokenize
+        self.length = length
+
+    def __call__(self, examples: Sequence[Example], k: int) -> Retrieved:
+        """The best k passages of each example, never the one it was cut from."""
+        queries_BE = embed_queries(
+            [example.question for example in examples],
+            self.tokenize,
+            self.encode,
+            batch_tokens=self.config.batch_tokens,
+            max_length=self.length,
+            row_multiple=sharding.row_shards(),
+        )
+        sources_B = np.array([example.source for example in examples])
+        if (sources_B < 0).all():
+            return self.index.search(queries_BE, k)
+        ids_BC, scores_BC = self.index.search(queries_BE, k + 1)
+        own_BC = (ids_BC == sources_B[:, None]) & (ids_BC >= 0)
+        # The source goes to the end and falls off, else the worst passage does.
+        order_BC = np.argsort(own_BC, axis=1, kind="stable")[:, :k]
+        return Retrieved(
+            *(np.take_along_axis(x, order_BC, axis=1) for x in (ids_BC, scores_BC))
+        )
+
+
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Search for every question; a dataset already searched is kept."""
+    check_counts(
+        "retrieve",
+        config.retrieve,
+        ("k", "max_tokens", "batch_tokens", "shard_size", "corpus_tokens"),
+    )
     splits = read_splits(config)
-    index = open_index(Path(config.workdir) / "index", jax.sharding.get_mesh())
-    encode, tokenize, length = tower(config, config.encoder, config.retrieve.max_tokens)
+    workdir = Path(config.workdir)
+    if config.retrieve.corpus_examples:
+        store = PassageStore(workdir / "passages")
+        tokenizer = load_tokenizer(config.encoder)
+        splits[CORPUS] = {CORPUS: corpus_examples(config, store, tokenizer)}
+    searcher = Searcher(
+        config,
+        open_index(workdir / "index", jax.sharding.get_mesh()),
+        *tower(config, config.encoder, config.retrieve.max_tokens),
+    )
+    return search_splits(config, searcher, splits, folder)
+
+
+def search_splits(
+    config: ConfigDict,
+    searcher: Searcher,
+    splits: Mapping[str, Mapping[str, list[Example]]],
+    folder: Path,
+) -> dict[str, int]:
+    """Fill ``folder/SPLIT/DATASET``, a shard that is there is kept; sizes of each."""
+    size = config.retrieve.shard_size
     counts = {}
     total = sum(len(e) for datasets in splits.values() for e in datasets.values())
     with progress(total, "retrieve", "questions") as bar:
@@ -106,21 +226,13 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             for name, examples in datasets.items():
                 target = folder / split / name
                 counts[f"{split}/{name}"] = len(examples)
-                for start in range(0, len(examples), config.retrieve.shard_size):
-                    part = examples[start : start + config.retrieve.shard_size]
+                for start in range(0, len(examples), size):
+                    part = examples[start : start + size]
                     file = target / f"shard-{start:09d}.npz"
                     if file.exists():
                         bar.skip(len(part))
                     else:
-                        queries_BE = embed_queries(
-                            [example.question for example in part],
-                            tokenize,
-                            encode,
-                            batch_tokens=config.retrieve.batch_tokens,
-                            max_length=length,
-                            row_multiple=sharding.row_shards(),
-                        )
-                        found = index.search(queries_BE, config.retrieve.k)
+                        found = searcher(part, config.retrieve.k)
                         write_arrays(file, ids=found.ids, scores=found.scores)
                         bar.update(len(part))
                 rows = (json.dumps(example._asdict()) for example in examples)
@@ -153,17 +265,26 @@ def write_arrays(file: Path, **arrays: np.ndarray) -> None:
 
 
 def read_retrieved(
-    workdir: Path, split: str
+    workdir: Path, split: str, artifact: str = "retrieved"
 ) -> dict[str, tuple[list[Example], Retrieved]]:
-    """Dataset -> its examples and what was retrieved for them."""
-    found = {}
-    for folder in sorted((workdir / "retrieved" / split).iterdir()):
-        lines = (folder / "examples.jsonl").read_text().splitlines()
+    """Dataset -> its examples and what was retrieved for them.
+
+    Args:
+        workdir: of the run.
+        split: one of SPLITS, or CORPUS; empty where that was not asked for.
+        artifact: folder of a retriever, ``retrieved`` or below ``retrieved_r_ft``.
+    """
+    found: dict[str, tuple[list[Example], Retrieved]] = {}
+    folder = workdir / artifact / split
+    if split == CORPUS and not folder.is_dir():
+        return found
+    for part in sorted(folder.iterdir()):
+        lines = (part / "examples.jsonl").read_text().splitlines()
         examples = [_example(json.loads(line)) for line in lines]
-        shards = [np.load(file) for file in sorted(folder.glob("shard-*.npz"))]
+        shards = [np.load(file) for file in sorted(part.glob("shard-*.npz"))]
         ids = np.concatenate([shard["ids"] for shard in shards])
         scores = np.concatenate([shard["scores"] for shard in shards])
-        found[folder.name] = (examples, Retrieved(ids, scores))
+        found[part.name] = (examples, Retrieved(ids, scores))
     return found
 
 
@@ -173,7 +294,7 @@ def _example(row: dict[str, Any]) -> Example:
 
 STAGE = Stage(
     "retrieved",
-    ("index",),
+    ("passages", "index"),
     ("encoder", "data.train", "data.test"),
     settings,
     build,

@@ -27,7 +27,8 @@ class Stage(NamedTuple):
     """One step of the chain, from artifacts to an artifact."""
 
     output: str  # name of the artifact
-    inputs: tuple[str, ...]  # artifacts it reads
+    # Artifacts it reads; those of a config where that decides.
+    inputs: tuple[str, ...] | Callable[[ConfigDict], tuple[str, ...]]
     required: tuple[str, ...]  # config fields that must be set, dotted
     # All that the artifact depends on besides its inputs, JSON-serialisable.
     settings: Callable[[ConfigDict], Mapping[str, Any]]
@@ -43,11 +44,12 @@ def run(name: str, stage: Stage, config: ConfigDict) -> Path:
     """
     check_required(name, stage.required, config)
     workdir = Path(config.workdir)
+    inputs = stage.inputs(config) if callable(stage.inputs) else stage.inputs
     plan = artifacts.plan(
         workdir,
         stage.output,
         {"stage": name, **stage.settings(config)},
-        {input: workdir / input for input in stage.inputs},
+        {input: workdir / input for input in inputs},
     )
     if artifacts.is_complete(plan):
         log.info("%s: %s is complete, skipped", name, plan.folder)

@@ -53,6 +53,7 @@ def train(
     batches: Any,
     place: Callable[[Any], Any],
     validate: Callable[[Any], dict[str, float]],
+    before_step: Callable[[int, Any], None] = lambda done, params: None,
     **rates: float,
 ) -> dict[str, int]:
     """Fine-tune, or go on with it, and draw the curves.
@@ -64,9 +65,10 @@ def train(
         seed: of the run.
         metric: says which checkpoint is kept.
         make_step: from an optimizer and its learning rate to the jitted step.
-        batches: a Grain iterator; it is closed.
+        batches: a Grain iterator or what acts as one; it is closed.
         place: puts a batch on the mesh.
         validate: parameters to validation metrics.
+        before_step: as of ``fit``.
         **rates: ``flops_per_token`` and ``peak_flops`` of ``fit``.
 
     Returns:
@@ -114,6 +116,7 @@ def train(
                 checkpoints=checkpoints,
                 tracker=tracker,
                 schedule=settings_of(Schedule, config),
+                before_step=before_step,
                 **rates,
             )
             best = checkpoints.best
@@ -122,20 +125,23 @@ def train(
     return {"steps": int(state.step), "best_step": best}
 
 
-def load_best(folder: Path, metric: Metric, build: Callable[[Array], Model]) -> Model:
-    """The best checkpoint of a finished stage, on the current mesh.
+def load_checkpoint(
+    folder: Path, metric: Metric, build: Callable[[Array], Model], last: bool = False
+) -> Model:
+    """The best or the last checkpoint of a finished run, on the current mesh.
 
     Args:
-        folder: of the stage.
+        folder: of the run.
         metric: that it was trained with.
         build: makes the model from a key; only its shape is asked for.
+        last: the newest rather than the best.
 
     Raises:
         ValueError: there is no checkpoint.
     """
     shape = jax.eval_shape(lambda: build(jax.random.key(0)))
     with metric.checkpoints(folder) as checkpoints:
-        step = checkpoints.best
+        step = checkpoints.latest if last else checkpoints.best
         if step is None:
             raise ValueError(f"{checkpoints.folder}: no checkpoint")
         return checkpoints.restore(step, {PARAMS: shape})[PARAMS]
