@@ -5,7 +5,9 @@ from difflib import get_close_matches
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-VARIANTS = ("", "tiny", "demo", "own")
+VARIANTS = ("", "tiny", "demo", "mini", "own")
+FACTBOOK = ("demo", "mini")  # real small models, questions about the World Factbook
+SMALL = (*FACTBOOK, "own")  # sizes for a model of 135M weights on two CPU cores
 
 
 def base(stage: str, variant: str) -> ConfigDict:
@@ -39,7 +41,7 @@ def base(stage: str, variant: str) -> ConfigDict:
     c.data.dev = ""  # "": a share of train is set aside
     c.data.test = ""
     c.data.dev_share = 0.1
-    if variant in ("demo", "tiny"):
+    if variant in (*FACTBOOK, "tiny"):
         # References: they follow --config.workdir.
         inputs = c.get_ref("workdir") + "/inputs"
         c.lm = inputs + "/lm"
@@ -47,7 +49,7 @@ def base(stage: str, variant: str) -> ConfigDict:
         c.data.train = inputs + "/train.jsonl"
         c.data.dev = inputs + "/dev.jsonl"
         c.data.test = inputs + "/test.jsonl"
-    if variant == "demo":
+    if variant in FACTBOOK:
         c.data.test = inputs + "/test.jsonl," + inputs + "/test_heldout.jsonl"
     if variant == "":
         c.mesh.fsdp = -1

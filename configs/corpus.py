@@ -11,7 +11,7 @@ on one core.
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import FACTBOOK, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -21,9 +21,9 @@ def section(config: ConfigDict, variant: str) -> None:
     c.max_words = 200  # of a passage, white-space words
     c.keep_lines = True  # cut at line breaks where that fits
     c.passages_per_shard = 100_000
-    if variant in ("demo", "tiny"):
+    if variant in (*FACTBOOK, "tiny"):
         c.documents = config.get_ref("workdir") + "/inputs/documents.jsonl"
-    if variant == "demo":
+    if variant in FACTBOOK:
         c.max_words = 80  # short passages: the demo's reader runs on two CPU cores
     if variant == "tiny":
         c.max_words = 12

@@ -12,7 +12,7 @@ section 2.4). Zero-shot prompts of Table 12, greedy decoding, SQuAD normalisatio
 from ml_collections import ConfigDict
 
 from configs import lm_ft, r_ft
-from configs.base import base
+from configs.base import SMALL, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -37,11 +37,11 @@ def section(config: ConfigDict, variant: str) -> None:
     c.limit = 0  # questions per test file, 0 for all
     c.batch_tokens = 65536  # rows x tokens of a generation batch
     c.examples = 8  # answers shown side by side in the report
-    if variant in ("demo", "own", "tiny"):
+    if variant in (*SMALL, "tiny"):
         c.score_temperature = 0.05
         c.max_new_tokens = 16
         c.batch_tokens = 8192
-    if variant in ("demo", "own"):
+    if variant in SMALL:
         c.passages = 3
     if variant == "demo":
         c.limit = 200

@@ -11,7 +11,7 @@ against exact search is measured and stands in the manifest.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.base import base
+from configs.base import SMALL, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -27,7 +27,7 @@ def section(config: ConfigDict, variant: str) -> None:
     c.reorder = 100  # candidates rescored exactly
     c.training_sample = placeholder(int)
     c.threads = placeholder(int)
-    if variant in ("demo", "own"):
+    if variant in SMALL:
         c.batch_tokens = 8192
         c.shard_size = 4096
     if variant == "tiny":

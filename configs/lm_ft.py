@@ -14,7 +14,7 @@ their top passage; the paper takes the mean score of six KILT tasks).
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import SMALL, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -53,7 +53,7 @@ def section(config: ConfigDict, variant: str) -> None:
     c.log_every = 10
     c.keep = 1  # newest checkpoints kept, besides the best one
     c.wandb_project = ""  # "": no wandb
-    if variant in ("demo", "own"):
+    if variant in SMALL:
         # For a model of 135M weights on two CPU cores: about seven minutes.
         c.row_tokens, c.row_targets, c.rows, c.micro_batches = 512, 192, 8, 2
         c.packing_bins = 256

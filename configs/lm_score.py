@@ -10,7 +10,7 @@ Questions that retrieved the same passage share the reading of it.
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import SMALL, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -26,7 +26,7 @@ def section(config: ConfigDict, variant: str) -> None:
     c.rows = 64  # per batch, all devices together
     c.packing_bins = 256
     c.shard_size = 65_536  # pairs of question and passage; what a kill loses at most
-    if variant in ("demo", "own"):
+    if variant in SMALL:
         c.passages, c.limit = 6, 400
         c.row_tokens, c.row_targets, c.rows = 512, 64, 8
         c.shard_size = 4096

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import index, lm_score, retrieve
-from configs.base import base
+from configs.base import SMALL, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -73,7 +73,7 @@ def section(config: ConfigDict, variant: str) -> None:
     c.log_every = 10
     c.keep = 1
     c.wandb_project = ""
-    if variant in ("demo", "own"):
+    if variant in SMALL:
         c.score_temperature = 0.05
         c.rows, c.steps, c.warmup_steps, c.learning_rate = 32, 100, 10, 3e-5
         c.validation_depth = 20

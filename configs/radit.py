@@ -25,7 +25,7 @@ from configs import (
     r_ft,
     retrieve,
 )
-from configs.base import base
+from configs.base import FACTBOOK, base
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     for stage in (corpus, index, retrieve, lm_score, r_ft, lm_ft, evaluate):
         stage.section(config, variant)
-    if variant in ("demo", "tiny"):
+    if variant in (*FACTBOOK, "tiny"):
         prepare.section(config, variant)
         config.stages = ("prepare", *config.stages)
     return config

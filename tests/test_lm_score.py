@@ -1,7 +1,12 @@
 """Scores of answers: those of transformers, whatever they are packed with."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +16,15 @@ import torch
 import transformers
 
 from radit_jax import sharding
-from radit_jax.batch import Packed
+from radit_jax.batch import Example, Packed
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.pipeline import Mixture, scoring_batches
 from radit_jax.data.prompts import Prompt, render
+from radit_jax.data.tasks import subject
 from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.inference.score import target_log_probabilities
 from radit_jax.models.huggingface import load_llama
-from radit_jax.stages import lm_score
+from radit_jax.stages import lm_score, retrieve
 from radit_jax.stages.retrieve import read_retrieved
 from radit_jax.stages.stage import run
 
@@ -60,16 +66,20 @@ def scores(model, prompts, mixture=SMALL):
     return sums
 
 
-def published_scores(folder, prompts):
-    """One sequence at a time, by transformers."""
+def published_token_scores(folder, prompts):
+    """Of every target token, one sequence at a time, by transformers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     found = []
     for prompt in prompts:
         with torch.no_grad():
             logits = model(torch.tensor([prompt.tokens])).logits[0].log_softmax(-1)
         at = range(prompt.answer_start, len(prompt.tokens))
-        found.append(sum(float(logits[i - 1, prompt.tokens[i]]) for i in at))
-    return np.array(found)
+        found.append(np.array([float(logits[i - 1, prompt.tokens[i]]) for i in at]))
+    return found
+
+
+def published_scores(folder, prompts):
+    return np.array([rows.sum() for rows in published_token_scores(folder, prompts)])
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +158,13 @@ def test_the_stage_scores_each_answer_after_each_passage_and_alone(scored, tiny_
     tokenizer = load_tokenizer(config.lm)
     store = PassageStore(workdir / "passages")
     for split in config.lm_score.splits:
+        markers = {"question_marker": "", "answer_marker": ""}
+        if split != "corpus":
+            markers = {}
         (name, (examples, found)), *_ = read_retrieved(workdir, split).items()
         arrays = read(workdir, split, name)
+        np.testing.assert_array_equal(arrays["places"], np.arange(len(examples)))
+        by_example = np.split(arrays["token_log_p"], np.cumsum(arrays["tokens"])[:-1])
         assert arrays["log_p"].shape == (len(examples), config.lm_score.passages)
         np.testing.assert_array_equal(arrays["ids"], found.ids)
         for i in (0, 1, len(examples) - 1):
@@ -162,12 +177,18 @@ def test_the_stage_scores_each_answer_after_each_passage_and_alone(scored, tiny_
                     passage=text,
                     answer=example.answers[0],
                     eos=False,
+                    **markers,
                 )
                 for text in ["", *(p.display for p in store.get(found.ids[i]))]
             ]
-            expected = published_scores(config.lm, prompts)
+            expected = published_token_scores(config.lm, prompts)
             ours = [arrays["log_p_alone"][i], *arrays["log_p"][i]]
-            np.testing.assert_allclose(ours, expected, atol=1e-3)
+            sums = [rows.sum() for rows in expected]
+            np.testing.assert_allclose(ours, sums, atol=1e-3)
+            # Of each token too: a column per passage.
+            np.testing.assert_allclose(
+                by_example[i], np.array(expected[1:]).T, atol=1e-4
+            )
             size = len(prompts[0].tokens) - prompts[0].answer_start
             assert arrays["tokens"][i] == size
             assert arrays["characters"][i] == len(example.answers[0])
@@ -176,6 +197,122 @@ def test_the_stage_scores_each_answer_after_each_passage_and_alone(scored, tiny_
     assert not (workdir / "scored" / "shards").exists()
     manifest = json.loads((workdir / "scored" / "manifest.json").read_text())
     assert 0.2 < manifest["counts"]["tokens_read_once"] < 1
+
+
+def test_text_of_the_corpus_goes_on_where_its_beginning_ends(scored, tiny_config):
+    config = tiny_config(scored)
+    ((examples, found),) = read_retrieved(scored, "corpus").values()
+    assert len(examples) == config.retrieve.corpus_examples
+    assert len({example.source for example in examples}) == len(examples)
+    store = PassageStore(scored / "passages")
+    encoder = load_tokenizer(config.encoder)
+    for example, ids in zip(examples, found.ids, strict=True):
+        whole = store[example.source].display
+        answer = example.answers[0]
+        assert whole.startswith(example.question)
+        assert whole.endswith(answer)
+        assert len(example.question) + len(answer) <= len(whole)
+        for part in (example.question, answer):
+            assert len(encoder.encode(part)) == config.retrieve.corpus_tokens
+        # Its own passage would say the answer; as many others are found.
+        assert example.source not in ids
+        assert (ids >= 0).all()
+        assert len(set(ids.tolist())) == config.retrieve.k
+    with jax.set_mesh(sharding.make_mesh()):
+        tokenizer = load_tokenizer(config.lm)
+        scorer = lm_score.Scorer(config, load_llama(config.lm), tokenizer)
+        prompt = scorer.render(examples[0], store[int(found.ids[0, 0])].display)
+    text = tokenizer.decode(prompt.tokens)
+    expected = f"\n\n{examples[0].question} {examples[0].answers[0]}"
+    assert text.startswith("Background: ")
+    assert text.endswith(expected)
+
+
+def test_too_few_passages_for_the_corpus_are_told(retrieved, tiny_config, tmp_path):
+    workdir = shutil.copytree(retrieved, tmp_path / "work", symlinks=True)
+    changes = {"retrieve.corpus_examples": 10_000}
+    with pytest.raises(ValueError, match=r"corpus_examples = 10000, but only \d+ of"):
+        run("retrieve", retrieve.STAGE, tiny_config(workdir, **changes))
+
+
+def test_a_limit_takes_whole_subjects(retrieved, tiny_config, tmp_path):
+    workdir = shutil.copytree(retrieved, tmp_path / "work", symlinks=True)
+    run("lm_score", lm_score.STAGE, changed(tiny_config, workdir, limit=14))
+    for split in ("train", "dev"):
+        ((name, (examples, found)),) = read_retrieved(workdir, split).items()
+        arrays = read(workdir, split, name)
+        assert len(arrays["places"]) == 14
+        np.testing.assert_array_equal(arrays["ids"], found.ids[arrays["places"]])
+        taken = {subject(examples[i]) for i in arrays["places"]}
+        partly = {
+            subject(example)
+            for i, example in enumerate(examples)
+            if i not in arrays["places"] and subject(example) in taken
+        }
+        assert len(partly) <= 1
+        assert len(taken) < 14
+
+
+PROCESS = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+sys.path.insert(0, sys.argv[5])
+import numpy as np
+from configs import radit
+from radit_jax import sharding
+from radit_jax.batch import Example
+from radit_jax.data.tokenize import load_tokenizer
+from radit_jax.models.huggingface import load_llama
+from radit_jax.stages.lm_score import Scorer
+config = radit.get_config("tiny")
+config.lm = sys.argv[3]
+texts = np.load(sys.argv[4])["texts"].tolist()
+pairs = [(Example("q", "What?", (text[:9],)), text) for text in texts]
+with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+    scorer = Scorer(config, load_llama(config.lm), load_tokenizer(config.lm))
+    done = []
+    scored = scorer(pairs, done.append)
+assert sum(done) == len(pairs), done
+np.savez(sys.argv[4] + sys.argv[2], scored.log_p, scored.token_log_p)
+"""
+
+
+def test_two_processes_score_what_one_does(lm, tiny_config, tmp_path, retrieved):
+    """Each reads its own half, and one of them runs out of rows before the other."""
+    store = PassageStore(retrieved / "passages")
+    texts = [store[i % 7].display for i in range(24)] + ["x" * 9] * 9
+    file = tmp_path / "texts.npz"
+    np.savez(file, texts=np.array(texts))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    workers = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-W", "ignore", "-c", PROCESS, address, str(rank)),
+                *(str(lm), str(file), str(Path(__file__).parents[1])),
+            ],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=240)
+        assert worker.returncode == 0, errors
+    config = tiny_config(retrieved)
+    with jax.set_mesh(sharding.make_mesh(1, 1, 1)):
+        scorer = lm_score.Scorer(config, load_llama(lm), load_tokenizer(lm))
+        expected = scorer(
+            [(Example("q", "What?", (text[:9],)), text) for text in texts]
+        )
+    for rank in range(2):
+        found = np.load(f"{file}{rank}.npz")
+        np.testing.assert_allclose(found["arr_0"], expected.log_p, atol=1e-4)
+        np.testing.assert_allclose(found["arr_1"], expected.token_log_p, atol=1e-4)
 
 
 def test_it_goes_on_at_the_first_missing_shard(
@@ -246,15 +383,18 @@ def test_eos_is_scored_when_asked_for(retrieved, tiny_config):
                 config, load_llama(config.lm), load_tokenizer(config.lm)
             )
             both.append(scorer([(examples[0], "")]))
-    (without, size), (with_, size_with) = both
-    assert size_with[0] == size[0] + 1
-    assert with_[0] < without[0]
+    without, with_ = both
+    assert with_.tokens[0] == without.tokens[0] + 1
+    assert with_.log_p[0] < without.log_p[0]
+    # It is the last of the answer's tokens, the others are as before.
+    np.testing.assert_allclose(with_.token_log_p[:-1], without.token_log_p, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rows": 0}, r"lm_score.rows = 0 must be at least 1"),
+        ({"limit": -1}, r"lm_score.limit = -1 must be 0 \(all\) or more"),
         ({"splits": ("trian",)}, r"lm_score.splits = \('trian',\): expected some of"),
         ({"row_tokens": 1024}, r"row_tokens = 1024 is more than the model's context"),
         ({"row_targets": 1}, r"question .*: an answer of \d+ tokens is longer than"),

@@ -32,7 +32,7 @@ from radit_jax.stages.lm_score import Scorer
 from radit_jax.stages.r_ft import Towers
 from radit_jax.stages.retrieve import read_retrieved
 from radit_jax.stages.stage import run
-from radit_jax.stages.targets import control_targets
+from radit_jax.stages.targets import control_targets, read_scores
 
 F32 = jnp.dtype(jnp.float32)
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
@@ -419,6 +419,7 @@ def rescore(workdir, prefer):
             order = prefer(ids)
             arrays["log_p"][i, order] = -2.0 * np.arange(1, len(order) + 1)
         arrays["tokens"][:] = 2
+        arrays["token_log_p"] = np.repeat(arrays["log_p"] / 2, 2, axis=0)
         np.savez(file, **arrays)
 
 
@@ -619,7 +620,7 @@ def test_a_passage_that_stands_twice_is_refused(ready, plain):
 
 def test_corpus_examples_that_were_not_made_are_told(ready, plain):
     shutil.rmtree(ready / "retrieved" / "corpus")
-    with pytest.raises(ValueError, match="no examples from the corpus, which r_ft.cor"):
+    with pytest.raises(ValueError, match=r"no examples from the corpus, which r_ft"):
         run("r_ft", r_ft.STAGE, plain(ready, corpus_share=0.5))
 
 
@@ -680,10 +681,12 @@ def test_both_towers_bring_an_index_of_their_own(ready, plain):
     assert len(rows) >= 2
 
 
-def test_candidates_follow_the_query_encoder_where_asked_to(ready, plain, caplog):
+def test_candidates_follow_the_query_encoder_where_asked_to(scored, plain, tmp_path):
     """Every round's are what the encoder of that step finds, scored as ever; a run that
     is stopped between two rounds goes on as if it had not been."""
-    config = plain(ready, refresh_every=2, corpus_share=0.5)
+    ready = shutil.copytree(scored, tmp_path / "work", symlinks=True)
+    fields = {"refresh_every": 2, "corpus_share": 0.5, "target_temperature": 0.01}
+    config = plain(ready, **fields)
     made = []
     real = refresh.Refresher._make
 
@@ -716,7 +719,7 @@ def test_candidates_follow_the_query_encoder_where_asked_to(ready, plain, caplog
                 sources = np.array([e.source for e in known.examples])
                 assert (expected != sources[:, None]).all()
             i, c = (int(x[0]) for x in np.nonzero(new))
-            # Known ones keep the (invented) scores of the start; new ones are scored.
+            # Known ones keep their scores; new ones are scored.
             passage = store[int(expected[i, c])].display
             fresh = scorer([(known.examples[i], passage)])
             assert arrays["log_p"][i, c] == pytest.approx(fresh.log_p[0], abs=1e-4)
@@ -738,11 +741,10 @@ def test_candidates_follow_the_query_encoder_where_asked_to(ready, plain, caplog
         return call(self, done, towers)
 
     call = refresh.Refresher.__call__
-    stopped = plain(ready, refresh_every=2, corpus_share=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refresh.Refresher, "__call__", stop)
         with pytest.raises(KeyboardInterrupt):
-            run("r_ft", r_ft.STAGE, stopped)
+            run("r_ft", r_ft.STAGE, config)
     folder = run("r_ft", r_ft.STAGE, config)
     again = [json.loads(line) for line in (folder / "lm" / "metrics.jsonl").open()]
     losses_of = [
@@ -756,9 +758,13 @@ def test_candidates_follow_the_query_encoder_where_asked_to(ready, plain, caplog
 
 def test_a_round_that_is_gone_is_told(ready, plain):
     config = plain(ready, refresh_every=2)
-    refresher = refresh.Refresher(
-        config, ready / "refresh", {"train": None}, None, None
-    )
+    scores = {"train": read_scores(ready, "train")}
+    store = PassageStore(ready / "passages")
+
+    def never(towers):
+        raise AssertionError("nothing is to be searched")
+
+    refresher = refresh.Refresher(config, ready / "refresh", scores, store, never)
     assert refresher(1, None) is None
     with pytest.raises(ValueError, match=r"000000002-train.npz: missing, and the ret"):
         refresher(3, None)

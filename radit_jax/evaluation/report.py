@@ -56,6 +56,7 @@ class Values(NamedTuple):
     metric: str
     values_N: np.ndarray
     groups_N: np.ndarray | None = None  # questions that are resampled as a whole
+    questions: tuple[str, ...] = ()  # their ids
 
 
 class Difference(NamedTuple):
@@ -127,7 +128,12 @@ def answer_values(generations: Sequence[Generation]) -> list[Values]:
                 groups_N = _groups(ours)
                 for metric in ANSWER_METRICS:
                     values_N = np.array([float(getattr(g, metric)) for g in ours])
-                    found.append(Values(system, dataset, metric, values_N, groups_N))
+                    found.append(
+                        Values(
+                            *(system, dataset, metric, values_N, groups_N),
+                            tuple(g.question_id for g in ours),
+                        )
+                    )
     return found
 
 
@@ -159,9 +165,16 @@ def compare(
                 f"{odd[1]} on {odd[0]}"
             )
         for (dataset, metric), mine in ours.items():
+            other = theirs[dataset, metric]
+            if mine.questions != other.questions:
+                odd_ones = {*mine.questions} ^ {*other.questions}
+                raise ValueError(
+                    f"cannot pair {first!r} with {second!r}: only one of them answered "
+                    f"question {min(odd_ones)!r} of {dataset}"
+                )
             gain = paired_difference(
                 mine.values_N,
-                theirs[dataset, metric].values_N,
+                other.values_N,
                 seed,
                 groups_N=mine.groups_N,
             )
@@ -219,7 +232,8 @@ def write_report(
 
 
 def _with_interval(fields: dict[str, object]) -> dict[str, object]:
-    return {**fields, "ci95": [fields.pop("lo"), fields.pop("hi")]}
+    interval = [fields.pop("lo"), fields.pop("hi")]
+    return {**fields, "ci95": interval}
 
 
 def read_rows(folder: Path) -> list[Row]:

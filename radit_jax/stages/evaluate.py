@@ -174,6 +174,7 @@ def retrieval_values(
     for dataset in dict.fromkeys(q.dataset for q in questions):
         ours = [q for q in questions if q.dataset == dataset]
         groups_N = _groups(ours)
+        asked = tuple(q.example.id for q in ours)
         for name in ours[0].retrieved:
             ids = [q.retrieved[name][0] for q in ours]
             depth = min(max(metrics.DEPTHS), min(map(len, ids)))
@@ -184,7 +185,7 @@ def retrieval_values(
                 [q.gold for q in ours],
             )
             found += [
-                Values(name, dataset, metric, value_N, groups_N)
+                Values(name, dataset, metric, value_N, groups_N, asked)
                 for metric, value_N in values.items()
             ]
     return found

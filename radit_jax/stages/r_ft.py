@@ -243,8 +243,9 @@ def _passages(towers: Towers, batch: Candidates, dtype: jnp.dtype) -> Array:
     assert mask is not None
     B, C, L = tokens.shape
     rows, whole = (jax.P(sharding.ROWS, *(None,) * n) for n in (1, 2))
-    flat = (jnp.reshape(x, (B * C, L), out_sharding=rows) for x in (tokens, mask))
-    return jnp.reshape(towers.context(*flat, dtype), (B, C, -1), out_sharding=whole)
+    flat = functools.partial(jnp.reshape, shape=(B * C, L), out_sharding=rows)
+    found_BE = towers.context(flat(tokens), flat(mask), dtype)
+    return jnp.reshape(found_BE, (B, C, -1), out_sharding=whole)
 
 
 def _in_batch(
