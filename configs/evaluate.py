@@ -10,9 +10,10 @@ section 2.4). Zero-shot prompts of Table 12, greedy decoding, SQuAD normalisatio
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import lm_ft, r_ft
-from configs.base import SMALL, base
+from configs.base import FACTBOOK, SMALL, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -30,21 +31,30 @@ def section(config: ConfigDict, variant: str) -> None:
     )
     c.passages = 10  # k read in parallel
     # Of the softmax over passages: 1 for DRAGON+ (raw dot products, eq. 2); encoders
-    # that normalise, whose scores lie within [-1, 1], need a small one.
-    c.score_temperature = 1.0
+    # that normalise, whose scores lie within [-1, 1], need a small one of their own.
+    c.score_temperature = placeholder(float)
     c.max_new_tokens = 32
     c.stop = ("\n",)
     c.limit = 0  # questions per test file, 0 for all
     c.batch_tokens = 65536  # rows x tokens of a generation batch
     c.examples = 8  # answers shown side by side in the report
-    if variant in (*SMALL, "tiny"):
+    if variant in (*FACTBOOK, "tiny"):
         c.score_temperature = 0.05
+    if variant in (*SMALL, "tiny"):
         c.max_new_tokens = 16
         c.batch_tokens = 8192
     if variant in SMALL:
         c.passages = 3
     if variant == "demo":
         c.limit = 200
+    if variant == "mini":
+        c.limit = 500
+        c.systems = (
+            "LM + retrieval",
+            "LM + R-FT",
+            "LM-FT + retrieval",
+            "RA-DIT (LM-FT + R-FT)",
+        )
     if variant == "tiny":
         c.passages = 2
         c.max_new_tokens = 6

@@ -245,6 +245,8 @@ def mine(tmp_path_factory):
 
 def own(folder):
     return {
+        "r_ft.score_temperature": 0.05,
+        "evaluate.score_temperature": 0.05,
         "corpus.documents": folder / "documents.jsonl",
         "data.train": folder / "train.jsonl",
         "data.test": folder / "test.jsonl",
@@ -264,6 +266,11 @@ def test_the_chain_runs_on_a_users_own_files(door, mine, tmp_path):
             "lm_ft.row_tokens": 128,
             "lm_ft.row_targets": 64,
             "lm_ft.micro_batches": 1,
+            "lm_score.row_tokens": 128,
+            "lm_score.row_targets": 32,
+            "lm_score.limit": 40,
+            "r_ft.steps": 2,
+            "r_ft.warmup_steps": 1,
             "evaluate.max_new_tokens": 4,
             "evaluate.limit": 4,
             "index.max_tokens": 64,
@@ -290,6 +297,15 @@ def test_the_chain_looks_for_every_file_before_it_starts(door, mine, tmp_path):
     error = refused(door("configs/radit.py:own", workdir=workdir, **fields))
     assert f"{mine / 'trian2.jsonl'}: no such file" in error
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize("stage", ["r_ft", "evaluate"])
+def test_the_chain_asks_for_temperatures_before_it_starts(door, mine, tmp_path, stage):
+    fields = own(mine)
+    del fields[f"{stage}.score_temperature"]
+    error = refused(door("configs/radit.py:own", workdir=tmp_path / "work", **fields))
+    assert f"Try --config.{stage}.score_temperature=0.05" in error
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_chain_compares_the_retriever_before_and_after(chain):

@@ -28,6 +28,7 @@ from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.huggingface import load_encoder
 from radit_jax.retrieval.embed import EmbeddingStore
 from radit_jax.stages import r_ft, refresh, retrieve_r_ft
+from radit_jax.stages.index import score_temperature
 from radit_jax.stages.lm_score import Scorer
 from radit_jax.stages.r_ft import Towers
 from radit_jax.stages.retrieve import read_retrieved
@@ -605,7 +606,8 @@ def test_questions_with_one_passage_are_left_out(ready, plain, caplog):
 def test_a_dense_encoder_need_not_say_its_temperature(ready, plain):
     """DRAGON+ does not normalise: raw dot products, temperature 1."""
     config = plain(ready, score_temperature=None)
-    assert r_ft.check_settings(config, EncoderConfig(50, 32, 2, 8, 64, 16)) == 1.0
+    config.pooling.normalize = False
+    assert score_temperature(config, "r_ft.score_temperature") == 1.0
 
 
 def test_a_passage_that_stands_twice_is_refused(ready, plain):

@@ -32,6 +32,7 @@ from radit_jax.inference.ensemble import passage_weights, vote
 from radit_jax.inference.generate import Generated, generate
 from radit_jax.models.huggingface import load_llama
 from radit_jax.models.llama import Llama
+from radit_jax.stages.index import score_temperature
 from radit_jax.stages.lm_ft import load_finetuned
 from radit_jax.stages.retrieve import answer_hits, read_retrieved
 from radit_jax.stages.stage import (
@@ -299,9 +300,16 @@ class Reader:
 
 
 def read_for(
-    system: System, question: Question, config: ConfigDict
+    system: System, question: Question, config: ConfigDict, temperature: float
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Ids and weights of the passages a system reads for a question."""
+    """Ids and weights of the passages a system reads for a question.
+
+    Args:
+        system: a row of the table.
+        question: with what was retrieved for it.
+        config: of the run.
+        temperature: of the weights.
+    """
     if system.background == "none":
         return (), ()
     if system.background == "gold":
@@ -312,13 +320,14 @@ def read_for(
     ids, scores = question.retrieved[name]
     k = config.evaluate.passages
     scores_BC = np.asarray([scores[:k]], np.float32)
-    weights = passage_weights(scores_BC, config.evaluate.score_temperature)[0]
+    weights = passage_weights(scores_BC, temperature)[0]
     return ids[:k], tuple(weights.tolist())
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Run every system and write the report; finished systems are kept."""
     systems = _systems(config)
+    temperature = score_temperature(config, "evaluate.score_temperature")
     store = PassageStore(Path(config.workdir) / "passages")
     asked = questions(config, store)
     tokenizer = load_tokenizer(lm_folder(config))
@@ -343,7 +352,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
                 if reader is None:
                     bos = config.lm_ft.bos if finetuned else tokenizer.add_bos
                     reader = Reader(config, load(), tokenizer, bos)
-                reads = [read_for(system, q, config) for q in ours]
+                reads = [read_for(system, q, config, temperature) for q in ours]
                 answered = reader.answer(
                     name,
                     ours,
@@ -419,4 +428,4 @@ def summary(workdir: Path, examples: int = 3) -> str:
     )
 
 
-STAGE = Stage("report", inputs, ("lm",), settings, build)
+STAGE = Stage("report", inputs, ("lm", "encoder"), settings, build)

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from radit_jax import sharding
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
-from radit_jax.models.encoder import Encoder
-from radit_jax.models.huggingface import load_encoder
+from radit_jax.models.encoder import Encoder, EncoderConfig
+from radit_jax.models.huggingface import load_encoder, read_encoder_config
 from radit_jax.retrieval.embed import EmbeddingStore, EmbedStats, embed_passages
 from radit_jax.retrieval.index import Built, ScannSettings, build_index
 from radit_jax.stages.stage import (
@@ -70,6 +70,36 @@ def load_tower(config: ConfigDict, folder: str) -> Encoder:
         pooling=config.pooling.kind or None,
         normalize=config.pooling.normalize,
     )
+
+
+def tower_config(config: ConfigDict, folder: str) -> EncoderConfig:
+    """The shape of an encoder, pooled as ``load_tower`` does it."""
+    return read_encoder_config(
+        folder, config.pooling.kind or None, config.pooling.normalize
+    )
+
+
+def score_temperature(config: ConfigDict, field: str) -> float:
+    """Temperature of the softmax over a question's passages, p_R.
+
+    Args:
+        config: of the run.
+        field: dotted name of the setting; None there means 1.
+
+    Raises:
+        ValueError: it is not positive, or not set for an encoder that normalises.
+    """
+    name, setting = field.split(".")
+    temperature = config[name][setting]
+    if temperature is None and tower_config(config, config.encoder).normalize:
+        raise ValueError(
+            f"{field} is not set, and this encoder normalises: its scores lie within "
+            "[-1, 1], and the weights of its passages would be flat whatever they are. "
+            f"Try --config.{field}=0.05"
+        )
+    if temperature is not None and temperature <= 0:
+        raise ValueError(f"{field} = {temperature} must be positive")
+    return 1.0 if temperature is None else temperature
 
 
 def encoding(

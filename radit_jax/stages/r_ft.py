@@ -32,8 +32,8 @@ from radit_jax.data.tasks import gold_passages
 from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.evaluation import metrics
 from radit_jax.loop import TrainState
-from radit_jax.models.encoder import Encoder, EncoderConfig
-from radit_jax.models.huggingface import check_vocabulary, read_encoder_config
+from radit_jax.models.encoder import Encoder
+from radit_jax.models.huggingface import check_vocabulary
 from radit_jax.retrieval.embed import EmbeddingStore
 from radit_jax.retrieval.index import ExactIndex, Index, open_index
 from radit_jax.stages.index import (
@@ -42,7 +42,9 @@ from radit_jax.stages.index import (
     embed_corpus,
     encoding,
     load_tower,
+    score_temperature,
     tokenizing,
+    tower_config,
 )
 from radit_jax.stages.refresh import Refresher
 from radit_jax.stages.retrieve import CORPUS, Searcher, answer_hits, read_retrieved
@@ -101,8 +103,8 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     }
 
 
-def check_settings(config: ConfigDict, encoder: EncoderConfig) -> float:
-    """Stop before any work if a setting makes no sense; returns the temperature of p_R.
+def check_settings(config: ConfigDict) -> None:
+    """Stop before any work if a setting makes no sense.
 
     Raises:
         ValueError: naming the setting.
@@ -152,17 +154,7 @@ def check_settings(config: ConfigDict, encoder: EncoderConfig) -> float:
         raise ValueError(
             f"r_ft.target_temperature = {r_ft.target_temperature} must be positive"
         )
-    temperature = r_ft.score_temperature
-    if temperature is None and encoder.normalize:
-        raise ValueError(
-            "r_ft.score_temperature is not set, and this encoder normalises: its "
-            "scores lie within [-1, 1], and p_R would be flat whatever it learns. Try "
-            "--config.r_ft.score_temperature=0.05"
-        )
-    if temperature is not None and temperature <= 0:
-        raise ValueError(f"r_ft.score_temperature = {temperature} must be positive")
     sharding.check_rows(r_ft.rows, f"r_ft.rows = {r_ft.rows}")
-    return 1.0 if temperature is None else temperature
 
 
 def retriever_loss(
@@ -290,7 +282,7 @@ class Corpus:
         self.store = store
         self.encode = encoding(config)
         where = context_folder(config)
-        shape = _tower_config(config, where)
+        shape = tower_config(config, where)
         self.length = min(config.index.max_tokens, shape.max_length)
         self.tokenize = tokenizing(load_tokenizer(where), self.length)
         self.frozen: Index | None = None
@@ -314,12 +306,6 @@ class Corpus:
         embed_corpus(
             self.config, self.store, encode, self.tokenize, self.length, folder
         )
-
-
-def _tower_config(config: ConfigDict, folder: str) -> EncoderConfig:
-    return read_encoder_config(
-        folder, config.pooling.kind or None, config.pooling.normalize
-    )
 
 
 class Validation:
@@ -363,8 +349,9 @@ class Training:
         self.config = config
         self.folder = folder
         r_ft, workdir = config.r_ft, Path(config.workdir)
-        shape = _tower_config(config, config.encoder)
-        self.temperature = check_settings(config, shape)
+        check_settings(config)
+        self.temperature = score_temperature(config, "r_ft.score_temperature")
+        shape = tower_config(config, config.encoder)
         tokenizer = load_tokenizer(config.encoder)
         check_vocabulary(tokenizer, shape)
         for name in ("retrieved", "scored"):
@@ -551,10 +538,10 @@ def load_towers(config: ConfigDict) -> Towers:
 
 def _abstract(config: ConfigDict, key: Array) -> Towers:
     """Towers of the right shape."""
-    query = Encoder(_tower_config(config, config.encoder), key)
+    query = Encoder(tower_config(config, config.encoder), key)
     if config.r_ft.towers == "query":
         return Towers(query)
-    return Towers(query, Encoder(_tower_config(config, context_folder(config)), key))
+    return Towers(query, Encoder(tower_config(config, context_folder(config)), key))
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:

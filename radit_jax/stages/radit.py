@@ -40,6 +40,7 @@ def run_chain(config: ConfigDict) -> None:
         ValueError: an unknown stage, or a field that any of the stages needs is not
             set; nothing runs then.
         FileNotFoundError: a file or folder that any of them needs is not there.
+        ValueError: an encoder that normalises, without a temperature of its scores.
     """
     unknown = [name for name in config.stages if name not in STAGES]
     if unknown:
@@ -50,6 +51,9 @@ def run_chain(config: ConfigDict) -> None:
         # Not after hours of indexing. What ``prepare`` makes is not there yet.
         for field in required:
             existing(config, field)
+        for name in ("r_ft", "evaluate"):
+            if name in config.stages:
+                index.score_temperature(config, f"{name}.score_temperature")
     for name in config.stages:
         run(name, STAGES[name], config)
     workdir = Path(config.workdir)
