@@ -213,7 +213,7 @@ def test_text_of_the_corpus_goes_on_where_its_beginning_ends(scored, tiny_config
         assert whole.endswith(answer)
         assert len(example.question) + len(answer) <= len(whole)
         for part in (example.question, answer):
-            assert len(encoder.encode(part)) == config.retrieve.corpus_tokens
+            assert 0 < len(encoder.encode(part)) <= config.retrieve.corpus_tokens
         # Its own passage would say the answer; as many others are found.
         assert example.source not in ids
         assert (ids >= 0).all()

@@ -124,6 +124,42 @@ def test_divergences_are_those_of_numpy_in_their_direction(reverse):
     assert abs(kl(p, q).sum() - kl(q, p).sum()) > 0.1
 
 
+def test_retriever_losses_are_those_of_numpy():
+    log_p = losses.retriever_log_probabilities(
+        jnp.asarray(SCORES), jnp.asarray(PRESENT), 0.5
+    )
+    log_q = lsr(0.3)
+    p = softmax(SCORES.astype(np.float64) / 0.5, PRESENT)
+    sums = np.where(PRESENT, LOG_P.astype(np.float64), 0)
+    q = softmax(sums / TOKENS[:, None] / 0.3, PRESENT)
+    rng = np.random.default_rng(0)
+    tokens = np.log(rng.uniform(0.1, 0.9, (2, 4, 3)))
+    tokens[1, 2:] = 0  # an answer of two tokens
+    tokens[1, :, 2] = 0  # and no third passage
+    mixed = [
+        -sum(np.log(p[b] @ (np.exp(tokens[b, t]) * PRESENT[b])) for t in range(size))
+        for b, size in enumerate((4, 2))
+    ]
+    expected = {
+        "kl": kl(p, q).sum(-1),
+        "reverse_kl": kl(q, p).sum(-1),
+        "pdist": kl(q, p).sum(-1) / 3,
+        "emdr2": mixed,
+    }
+    assert expected.keys() == losses.RETRIEVER_LOSSES.keys()
+    for name, values in expected.items():
+        found = losses.RETRIEVER_LOSSES[name](log_p, log_q, jnp.asarray(tokens))
+        np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_one_passage_for_all_tokens_is_the_likelihood_of_the_answer():
+    """EMDR2 with all of p_R on a passage is what that passage makes of the answer."""
+    log_p = jnp.array([[0.0, losses.ABSENT]])
+    tokens = jnp.log(jnp.array([[[0.5, 0.9], [0.25, 0.9]]]))
+    found = losses.emdr2(log_p, log_p, tokens)
+    np.testing.assert_allclose(found, [-np.log(0.5 * 0.25)], rtol=1e-6)
+
+
 def test_the_gradient_is_the_analytic_one_and_spares_the_absent():
     log_q = lsr(0.3)
 

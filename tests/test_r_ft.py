@@ -574,6 +574,21 @@ def test_examples_of_another_index_are_refused(ready, plain):
         run("r_ft", r_ft.STAGE, plain(ready))
 
 
+@pytest.mark.parametrize("what", ["prompt", "model"])
+def test_scores_of_another_prompt_or_model_are_refused(ready, plain, tmp_path, what):
+    config = plain(ready)
+    message = r"scored was made with lm_score.eos = False, and the config now says True"
+    if what == "prompt":
+        config.lm_score.eos = True
+    else:
+        config.lm = str(shutil.copytree(config.lm, tmp_path / "lm"))
+        file = tmp_path / "lm" / "config.json"
+        file.write_text(file.read_text() + "\n")
+        message = r"scored was made with another lm, and the config now says .*/lm; run"
+    with pytest.raises(ArtifactError, match=message):
+        run("r_ft", r_ft.STAGE, config)
+
+
 @pytest.mark.parametrize("value", [np.nan, 0.5])
 def test_scores_that_are_none_are_refused_with_the_question(ready, plain, value):
     (file,) = ready.glob("scored/train/*/scores.npz")

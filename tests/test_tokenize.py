@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
+from radit_jax.data.tiny import write_tiny
 from radit_jax.data.tokenize import load_tokenizer
 
 TEXTS = [
@@ -388,3 +389,24 @@ def test_minilm_equals_transformers():
     assert len(found[-1]) == 256
     ids = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     assert ids == (101, 102, 0)
+
+
+def test_both_ends_of_a_text_are_stretches_of_whole_words(tmp_path):
+    write_tiny(tmp_path, seed=0)
+    tokenizer = load_tokenizer(tmp_path / "encoder")
+    text = "The capital of Bado is Kilu.  The river of Bado is Mera."
+    whole = tokenizer.encode(text)
+    cut = 0
+    for tokens in range(2, len(whole) // 2 + 1):
+        first, last = tokenizer.ends(text, tokens)
+        for part, expected in ((first, whole[:tokens]), (last, whole[-tokens:])):
+            found = tokenizer.encode(part)
+            assert text.startswith(first)
+            assert text.endswith(last)
+            assert set(part.split()) <= {*text.split(), "Kilu", "Mera", "."}
+            kept = len(found)
+            cut += kept < tokens
+            assert found == (expected[:kept] if part is first else expected[-kept:])
+    assert cut > 0
+    assert tokenizer.ends(text, len(whole) // 2 + 1) is None
+    assert tokenizer.ends("Kilukilukilukilu", 1) is None

@@ -113,15 +113,26 @@ class Tokenizer:
 
         Args:
             text: any.
-            tokens: how many, on either side, special tokens apart.
+            tokens: how many at most on either side, special tokens apart; a word that
+                would be cut is left out.
 
         Returns:
-            Both, as they stand in the text; None where they would overlap.
+            Both, as they stand in the text; None where they would overlap or one of
+            them has no whole word.
         """
-        offsets = self._backend.encode(text, add_special_tokens=False).offsets
-        if len(offsets) < 2 * tokens:
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        size, words = len(encoding.ids), encoding.word_ids
+        if size < 2 * tokens:
             return None
-        return text[: offsets[tokens - 1][1]], text[offsets[-tokens][0] :]
+        stop, start = tokens, size - tokens
+        while stop > 0 and stop < size and words[stop] == words[stop - 1]:
+            stop -= 1
+        while start < size and start > 0 and words[start] == words[start - 1]:
+            start += 1
+        if stop == 0 or start == size:
+            return None
+        offsets = encoding.offsets
+        return text[: offsets[stop - 1][1]], text[offsets[start][0] :]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens leave no trace in it."""

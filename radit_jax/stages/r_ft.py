@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from radit_jax import artifacts, losses, optim, sharding
+from radit_jax import losses, optim, sharding
 from radit_jax.batch import Candidates, Example
 from radit_jax.data.candidates import (
     CandidateBatches,
@@ -58,6 +58,7 @@ from radit_jax.stages.stage import (
 from radit_jax.stages.targets import (
     TARGETS,
     Scores,
+    check_scored,
     control_targets,
     gold_agreement,
     lm_targets,
@@ -354,8 +355,7 @@ class Training:
         shape = tower_config(config, config.encoder)
         tokenizer = load_tokenizer(config.encoder)
         check_vocabulary(tokenizer, shape)
-        for name in ("retrieved", "scored"):
-            artifacts.check_inputs(workdir / name)
+        check_scored(config)
         self.store = PassageStore(workdir / "passages")
         self.longest = min(config.retrieve.max_tokens, shape.max_length)
         self.tokenize = tokenizing(tokenizer, self.longest)

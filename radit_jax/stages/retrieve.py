@@ -109,8 +109,8 @@ def corpus_examples(
     """Self-supervised examples: a passage's first tokens, and its last as the answer.
 
     RA-DIT section 3.3: the first 50 and the last 50 tokens of random passages. The
-    paper does not say of which tokenizer; they are the query encoder's. Passages with
-    fewer tokens than both ends together are passed over.
+    paper does not say of which tokenizer; they are the query encoder's, and end with a
+    whole word. Passages with fewer tokens than both ends together are passed over.
 
     Raises:
         ValueError: too few passages are long enough.

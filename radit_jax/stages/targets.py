@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from radit_jax import losses
+from radit_jax import artifacts, losses
 from radit_jax.batch import Example
 from radit_jax.stages.retrieve import CORPUS, read_retrieved
+from radit_jax.stages.stage import field_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 TARGETS = ("lm", "gold", "shuffled", "uniform")
 # Entropy above this share of the largest possible: a target that says nothing.
 FLAT = 0.95
+# Settings of lm_score that say what the language model was asked.
+PROMPT = ("passages", "bos", "eos", "row_tokens")
 # A passage with more than this: a target that says one thing.
 SHARP = 0.95
 
@@ -46,6 +49,30 @@ class Scores(NamedTuple):
             self.tokens[wanted],
             self.token_log_p[np.repeat(wanted, self.tokens)],
         )
+
+
+def check_scored(config: ConfigDict) -> None:
+    """Whether the scores are those that the config asks for.
+
+    Raises:
+        ArtifactError: the examples were made anew since, or the language model or the
+            prompts were other ones.
+    """
+    folder = Path(config.workdir) / "scored"
+    for name in ("retrieved", "scored"):
+        artifacts.check_inputs(folder.with_name(name))
+    made = artifacts.read_manifest(folder)["settings"]
+    wanted = {name: config.lm_score[name] for name in PROMPT}
+    if config.lm:
+        wanted["lm"] = field_fingerprint(config, "lm")
+    for name, value in wanted.items():
+        if made[name] != value:
+            what = "another lm" if name == "lm" else f"lm_score.{name} = {made[name]}"
+            now = config.lm if name == "lm" else value
+            raise artifacts.ArtifactError(
+                f"{folder} was made with {what}, and the config now says {now}; run "
+                "lm_score again"
+            )
 
 
 def read_scores(workdir: Path, split: str) -> Scores:
