@@ -41,6 +41,17 @@ positions before targets only. Sequences come tokenised.
 
 Job `encoder`: one pass of sentence-transformers over all texts per repeat, tokenisation
 included, mean pooling and L2 norm.
+
+Job `r_ft`: one epoch per repeat of training an encoder to score each question's
+passages as a teacher does, KL(teacher || student), in fp32 and without dropout, which
+ours has none of. Every epoch takes the examples in the order of the file; the answer
+has the losses of all steps since the start. Style `trainer` is
+`SentenceTransformerTrainer` with `DistillKLDivLoss`: one encoder for questions and
+passages, both encoded and trained at every step, tokenisation and collation inside the
+clock. Gradients are accumulated over parts of a step, whose activations would not fit
+small memories; no part sees another's passages, so the loss is the same. Style `frozen`
+is a loop by hand that embeds the passages and tokenises the questions once, outside the
+clock, and trains the encoder of questions only.
 """
 
 import ctypes
@@ -93,6 +104,23 @@ SETTINGS = {
         "keep_memory": False,  # glibc keeps freed memory, for fewer page faults
         "threads": 0,
     },
+    "r_ft": {
+        "model": REQUIRED,  # as of `encoder`
+        # JSON file: [{"question": "", "passages": ["", ...], "scores": [0.1]}, ...]
+        "examples": REQUIRED,
+        "style": "trainer",  # or "frozen"
+        "questions_per_step": 32,
+        "batch_size": 8,  # trainer: questions per forward and backward pass
+        "max_seq_length": 512,
+        "student_temperature": 0.05,
+        "teacher_temperature": 1.0,  # of the scores
+        "learning_rate": 3e-5,
+        "betas": [0.9, 0.999],
+        "weight_decay": 0.0,
+        "clip_norm": 2.0,
+        "keep_memory": None,  # as above; None: in style frozen only
+        "threads": 0,
+    },
 }
 
 
@@ -141,10 +169,10 @@ def read_settings(message: dict | None) -> tuple[str, dict]:
     settings = {**SETTINGS[job], **given}
     if missing := [name for name, value in settings.items() if value is REQUIRED]:
         raise ValueError(f"{job}: missing settings {', '.join(missing)}")
-    for name in ("model", "instances", "sequences", "texts"):
+    for name in ("model", "instances", "sequences", "texts", "examples"):
         if name in settings and not Path(settings[name]).exists():
             raise ValueError(f"{name}: nothing at {settings[name]}")
-    styles = SCORING if job == "score" else STYLES
+    styles = STYLES.get(job, {})
     for name, choices in {"style": styles, "attention": ("segments", "mask")}.items():
         if name in settings and settings[name] not in choices:
             expected = ", ".join(choices)
@@ -152,7 +180,7 @@ def read_settings(message: dict | None) -> tuple[str, dict]:
                 f"{name}: expected one of {expected}, got {settings[name]!r}"
             )
     if settings["keep_memory"] is None:
-        settings["keep_memory"] = settings["style"] in ("careful", "padded")
+        settings["keep_memory"] = settings["style"] in KEEPING
     if settings["keep_memory"] and sys.platform != "linux":
         raise ValueError("keep_memory: expected false, it needs glibc (Linux)")
     return job, settings
@@ -195,7 +223,7 @@ def lm_ft(channel: Channel, settings: dict, facts: dict):
     model.train()
     facts["parameters"] = sum(p.numel() for p in model.parameters())
     facts["instances"] = len(instances)
-    STYLES[settings["style"]](channel, model, instances, settings, facts)
+    STYLES["lm_ft"][settings["style"]](channel, model, instances, settings, facts)
 
 
 def labels_of(instance: dict) -> list[int]:
@@ -432,7 +460,7 @@ def score(channel: Channel, settings: dict, facts: dict):
     ).eval()
     useful = sum(len(sequence["tokens"]) for sequence in sequences)
     channel.send(ready=True, **facts, sequences=len(sequences))
-    run = SCORING[settings["style"]]
+    run = STYLES["score"][settings["style"]]
     while True:
         channel.wait_for_go()
         started = time.perf_counter()
@@ -479,8 +507,8 @@ def score_padded(model, sequences: list[dict], settings: dict) -> list[float]:
     return sums
 
 
-def encoder(channel: Channel, settings: dict, facts: dict):
-    """Encodes all texts once per request."""
+def sentence_encoder(settings: dict):
+    """The encoder as sentence-transformers has it: mean pooling and L2 norm."""
     import sentence_transformers
     from sentence_transformers.sentence_transformer.modules import (
         Normalize,
@@ -488,7 +516,6 @@ def encoder(channel: Channel, settings: dict, facts: dict):
         Transformer,
     )
 
-    texts = json.loads(Path(settings["texts"]).read_text())
     bert = Transformer(settings["model"], max_seq_length=settings["max_seq_length"])
     size = bert.auto_model.config.hidden_size
     model = sentence_transformers.SentenceTransformer(
@@ -496,6 +523,16 @@ def encoder(channel: Channel, settings: dict, facts: dict):
     )
     # Tokenizer files may come with a truncation of their own: ours counts.
     model.max_seq_length = settings["max_seq_length"]
+    return model
+
+
+def encoder(channel: Channel, settings: dict, facts: dict):
+    """Encodes all texts once per request."""
+    import sentence_transformers
+
+    texts = json.loads(Path(settings["texts"]).read_text())
+    model = sentence_encoder(settings)
+    size = model.get_embedding_dimension()
     useful = sum(
         int(model.preprocess([text])["attention_mask"].sum()) for text in texts
     )
@@ -522,9 +559,169 @@ def encoder(channel: Channel, settings: dict, facts: dict):
         channel.send(seconds=seconds, count=len(texts), useful_tokens=useful)
 
 
-STYLES = {"trainer": train_with_trainer, "careful": train_with_care}
-SCORING = {"single": score_singly, "padded": score_padded}
-JOBS = {"lm_ft": lm_ft, "score": score, "encoder": encoder}
+def r_ft(channel: Channel, settings: dict, facts: dict):
+    """Loads the encoder and the examples and trains in the style asked for."""
+    import sentence_transformers
+
+    examples = json.loads(Path(settings["examples"]).read_text())
+    if not examples or len(examples) % settings["questions_per_step"]:
+        raise ValueError(
+            f"{settings['examples']}: {len(examples)} examples are no whole steps of "
+            f"{settings['questions_per_step']}"
+        )
+    model = sentence_encoder(settings)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    facts |= {
+        "sentence_transformers": sentence_transformers.__version__,
+        "examples": len(examples),
+    }
+    STYLES["r_ft"][settings["style"]](channel, model, examples, settings, facts)
+
+
+class EpochWatch(transformers.TrainerCallback):
+    """Holds Trainer before each epoch until the next `go` and answers after it."""
+
+    def __init__(self, channel: Channel, count: int, scale: float, facts: dict):
+        self.channel, self.count, self.facts = channel, count, facts
+        self.scale = scale  # of the logged losses
+        self.started = 0.0
+        self.losses: list[float] = []
+
+    def on_train_begin(self, args, state, control, **_):
+        """Says that training can start."""
+        self.channel.send(ready=True, **self.facts)
+
+    def on_epoch_begin(self, args, state, control, **_):
+        """Waits for the next request."""
+        self.channel.wait_for_go()
+        self.started = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Keeps the loss that Trainer logs every step."""
+        if "grad_norm" in (logs or {}):
+            self.losses.append(float(logs["loss"]) / self.scale)
+
+    def on_epoch_end(self, args, state, control, **_):
+        """Stops the clock and answers."""
+        seconds = time.perf_counter() - self.started
+        self.channel.send(seconds=seconds, count=self.count, losses=self.losses)
+
+
+def in_order(dataset, **settings):
+    """Batches in the order of the file, as our side takes them."""
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+
+    return DefaultBatchSampler(torch.utils.data.SequentialSampler(dataset), **settings)
+
+
+def retriever_with_trainer(
+    channel: Channel, model, examples: list[dict], settings: dict, facts: dict
+):
+    """Style `trainer` of `r_ft`."""
+    import datasets
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import DistillKLDivLoss
+
+    per_step, batch_size = settings["questions_per_step"], settings["batch_size"]
+    if per_step % batch_size:
+        raise ValueError(
+            f"questions_per_step={per_step} is not a multiple of {batch_size=}"
+        )
+    columns = {"query": [example["question"] for example in examples]}
+    for place in range(len(examples[0]["passages"])):
+        name = f"negative_{place}" if place else "positive"
+        columns[name] = [example["passages"][place] for example in examples]
+    columns["label"] = [example["scores"] for example in examples]
+    loss = DistillKLDivLoss(
+        model,
+        student_temperature=settings["student_temperature"],
+        teacher_temperature=settings["teacher_temperature"],
+    )
+    # That loss is scaled by the student's temperature squared. Adam does not mind, but
+    # clipping does.
+    scale = settings["student_temperature"] ** 2
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,  # nothing is saved, but Trainer wants one
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=per_step // batch_size,
+            batch_sampler=in_order,
+            num_train_epochs=100_000,
+            learning_rate=settings["learning_rate"],
+            adam_beta1=settings["betas"][0],
+            adam_beta2=settings["betas"][1],
+            weight_decay=settings["weight_decay"],
+            max_grad_norm=settings["clip_norm"] * scale,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+        SentenceTransformerTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict(columns),
+            loss=loss,
+            callbacks=[EpochWatch(channel, len(examples), scale, facts)],
+        ).train()
+
+
+def retriever_with_care(
+    channel: Channel, model, examples: list[dict], settings: dict, facts: dict
+):
+    """Style `frozen` of `r_ft`."""
+    texts = sorted({text for example in examples for text in example["passages"]})
+    number = {text: row for row, text in enumerate(texts)}
+    passages = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
+    rows = torch.tensor([[number[t] for t in e["passages"]] for e in examples])
+    teacher = torch.tensor([example["scores"] for example in examples])
+    teacher = (teacher / settings["teacher_temperature"]).softmax(-1)
+    tokens = model.tokenizer([example["question"] for example in examples])["input_ids"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings["learning_rate"],
+        betas=tuple(settings["betas"]),
+        weight_decay=settings["weight_decay"],
+        fused=True,
+    )
+    model.train()
+    losses: list[float] = []
+    channel.send(ready=True, **facts, passages=len(texts))
+    while True:
+        channel.wait_for_go()
+        started = time.perf_counter()
+        for chosen in torch.arange(len(examples)).split(settings["questions_per_step"]):
+            batch = {"input_ids": [tokens[i] for i in chosen.tolist()]}
+            features = dict(model.tokenizer.pad(batch, return_tensors="pt"))
+            queries = model(features)["sentence_embedding"]
+            scores = torch.einsum("be,bce->bc", queries, passages[rows[chosen]])
+            student = (scores / settings["student_temperature"]).log_softmax(-1)
+            loss = functional.kl_div(student, teacher[chosen], reduction="batchmean")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings["clip_norm"])
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        seconds = time.perf_counter() - started
+        channel.send(seconds=seconds, count=len(examples), losses=losses)
+
+
+STYLES = {
+    "lm_ft": {"trainer": train_with_trainer, "careful": train_with_care},
+    "score": {"single": score_singly, "padded": score_padded},
+    "r_ft": {"trainer": retriever_with_trainer, "frozen": retriever_with_care},
+}
+KEEPING = ("careful", "padded", "frozen")  # the styles that keep memory
+JOBS = {"lm_ft": lm_ft, "score": score, "encoder": encoder, "r_ft": r_ft}
 
 
 def main() -> int:

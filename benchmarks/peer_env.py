@@ -24,6 +24,7 @@ LIBRARIES = (
     "transformers>=5.23,<6",
     "sentence-transformers",
     "accelerate",
+    "datasets",
     "safetensors",
     "numpy",
 )

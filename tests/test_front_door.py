@@ -325,6 +325,22 @@ def test_the_chain_compares_the_retriever_before_and_after(chain):
     assert "R-FT over retriever" in found.stdout
 
 
+def test_systems_read_what_their_retriever_found(chain):
+    workdir, _ = chain
+    found = {"LM + retrieval": "retrieved", "LM-FT + retrieval": "retrieved"}
+    tuned = dict.fromkeys(("LM + R-FT", "RA-DIT (LM-FT + R-FT)"), "retrieved_r_ft/lm")
+    read = {system: [] for system in found | tuned}
+    for line in (workdir / "report" / "generations.jsonl").open():
+        answer = json.loads(line)
+        if answer["system"] in read:
+            ids = [passage["id"] for passage in answer["passages"]]
+            read[answer["system"]].append(ids)
+    for system, folder in (found | tuned).items():
+        (file,) = (workdir / folder / "test" / "test").glob("shard-*.npz")
+        assert read[system] == np.load(file)["ids"][:20, :2].tolist()
+    assert read["LM + retrieval"] != read["LM + R-FT"]
+
+
 def test_the_chain_without_r_ft_needs_nothing_of_it(chain, door, tmp_path):
     workdir = tmp_path / "work"
     for name in ("inputs", "passages", "index", "retrieved", "lm_ft"):

@@ -5,6 +5,7 @@ memory-mapped index, in the threads that read ahead: no more of it is ever in me
 than the batches at hand.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -32,13 +33,13 @@ class Passages(Protocol):
         ...
 
 
-# From ids [C] (none of them -1) to the fields of Candidates that hold the passages.
+# From ids [B, C] (none of them -1) to the fields of Candidates that hold the passages.
 Gather = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
 def gather_embeddings(embeddings: Embeddings) -> Gather:
     """Passages as rows of the index, never encoded again."""
-    return lambda ids_C: {"passages_BCE": embeddings[ids_C]}
+    return lambda ids_BC: {"passages_BCE": embeddings[ids_BC]}
 
 
 def gather_tokens(
@@ -52,23 +53,25 @@ def gather_tokens(
         length: L of a passage.
     """
 
-    def gather(ids_C: np.ndarray) -> Mapping[str, np.ndarray]:
-        rows = tokenize([passage.display for passage in passages.get(ids_C)])
-        filled = [_fill(row, length) for row in rows]
-        tokens, masks = zip(*filled, strict=True)
+    def gather(ids_BC: np.ndarray) -> Mapping[str, np.ndarray]:
+        texts = [passage.display for passage in passages.get(ids_BC.ravel())]
+        tokens_NL, mask_NL = _fill(tokenize(texts), length)
+        shape = (*ids_BC.shape, length)
         return {
-            "passage_tokens_BCL": np.stack(tokens),
-            "passage_mask_BCL": np.stack(masks),
+            "passage_tokens_BCL": tokens_NL.reshape(shape),
+            "passage_mask_BCL": mask_NL.reshape(shape),
         }
 
     return gather
 
 
-def _fill(tokens: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens filled up to a length, and which of them are real."""
-    tokens_L = np.zeros(length, np.int32)
-    tokens_L[: len(tokens)] = tokens
-    return tokens_L, np.arange(length) < len(tokens)
+def _fill(rows: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens filled up to a length, and which of them are real; [rows, length]."""
+    tokens_BL = np.zeros((len(rows), length), np.int32)
+    sizes_B1 = np.array([[len(row)] for row in rows])
+    for tokens_L, row in zip(tokens_BL, rows, strict=True):
+        tokens_L[: len(row)] = row
+    return tokens_BL, np.arange(length) < sizes_B1
 
 
 class Questions(NamedTuple):
@@ -81,32 +84,65 @@ class Questions(NamedTuple):
     token_log_p: Sequence[np.ndarray] | None = None
 
 
-class _Row:
-    """One question as arrays of fixed shape."""
+class _Batch:
+    """Questions as arrays: their part of the mixture and place in it, [rows, 2]."""
 
-    def __init__(self, questions: Questions, gather: Gather, length: int, longest: int):
-        self.questions = questions
+    def __init__(
+        self,
+        parts: Sequence[Questions],
+        gather: Gather,
+        length: int,
+        process: int,
+        processes: int,
+    ):
+        self.parts = parts
         self.gather = gather
         self.length = length
-        self.longest = longest
-
-    def __call__(self, i: int) -> Candidates:
-        i = int(i)
-        tokens_L, mask_L = _fill(self.questions.tokens[i], self.length)
-        ids_C = self.questions.ids[i]
-        token_log_p_TC = None
-        if self.questions.token_log_p is not None:
-            found = np.where(ids_C >= 0, self.questions.token_log_p[i], 0.0)
-            missing = self.longest - len(found)
-            token_log_p_TC = np.pad(found, ((0, missing), (0, 0))).astype(np.float32)
-        return Candidates(
-            tokens_L,
-            mask_L,
-            ids_C.astype(np.int32),
-            self.questions.log_targets[i],
-            token_log_p_BTC=token_log_p_TC,
-            **self.gather(np.maximum(ids_C, 0)),
+        self.process = process
+        self.processes = processes
+        self.longest = max(
+            (len(rows) for part in parts for rows in part.token_log_p or ()), default=0
         )
+
+    def __call__(self, places: np.ndarray) -> Candidates:
+        # The length is that of all processes' rows: they run one program together.
+        rows = [(self.parts[part], i) for part, i in places.tolist()]
+        size = max(len(part.tokens[i]) for part, i in rows)
+        mine = rows[self.process :: self.processes]
+        tokens_BL, mask_BL = _fill(
+            [part.tokens[i] for part, i in mine], min(_rounded(size), self.length)
+        )
+        ids_BC = np.stack([part.ids[i] for part, i in mine])
+        return Candidates(
+            tokens_BL,
+            mask_BL,
+            ids_BC.astype(np.int32),
+            np.stack([part.log_targets[i] for part, i in mine]),
+            token_log_p_BTC=self._token_log_p(mine, ids_BC),
+            **self.gather(np.maximum(ids_BC, 0)),
+        )
+
+    def _token_log_p(
+        self, rows: Sequence[tuple[Questions, int]], ids_BC: np.ndarray
+    ) -> np.ndarray | None:
+        if not self.longest:
+            return None
+        shape = (len(rows), self.longest, ids_BC.shape[1])
+        found_BTC = np.zeros(shape, np.float32)
+        for found_TC, (part, i) in zip(found_BTC, rows, strict=True):
+            assert part.token_log_p is not None
+            found_TC[: len(part.token_log_p[i])] = part.token_log_p[i]
+        return np.where(ids_BC[:, None] >= 0, found_BTC, 0.0)
+
+
+def _place(part: int, i: int) -> np.ndarray:
+    """Of a question: its part of the mixture, and which it is there."""
+    return np.array([part, i])
+
+
+def _rounded(size: int) -> int:
+    """The next multiple of 8: few shapes to compile, little padding."""
+    return -(-size // 8) * 8
 
 
 class CandidateBatches:
@@ -119,7 +155,7 @@ class CandidateBatches:
         parts: questions, and the share of each part in the mixture.
         gather: see ``Gather``.
         rows: questions per batch, all processes together.
-        length: L, tokens of the longest question.
+        length: the most tokens of a question; a batch is as long as its longest.
         seed: of the order.
         process: which of ``processes`` this is; each sees its own questions.
         processes: that share a batch.
@@ -153,21 +189,23 @@ class CandidateBatches:
         def start(
             parts: Sequence[tuple[Questions, float]],
         ) -> grain.DatasetIterator[Candidates]:
-            longest = max(
-                (len(rows) for q, _ in parts for rows in q.token_log_p or ()), default=0
-            )
             sources = [
                 grain.MapDataset.range(len(questions.tokens))
                 .shuffle(seed=seed + at)
                 .repeat(reseed_each_epoch=True)
-                .map(_Row(questions, gather, length, longest))
+                .map(functools.partial(_place, at))
                 for at, (questions, _) in enumerate(parts)
             ]
-            shares = [share for _, share in parts]
-            mixed = grain.MapDataset.mix(sources, shares)[process::processes]
-            batched = mixed.batch(rows // processes)
+            mixed = grain.MapDataset.mix(sources, [share for _, share in parts])
+            fill = _Batch(
+                [questions for questions, _ in parts],
+                gather,
+                length,
+                process,
+                processes,
+            )
             options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
-            return iter(batched.to_iter_dataset(options))
+            return iter(mixed.batch(rows).map(fill).to_iter_dataset(options))
 
         self._start = start
         self._batches = start(parts)

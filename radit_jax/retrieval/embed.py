@@ -87,7 +87,7 @@ class EmbeddingStore:
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         size, self.shard_size = _read_layout(self.folder)
-        self._shards: list[np.ndarray] = []
+        self._shards: list[np.memmap] = []
         for shard, (start, stop) in enumerate(_shard_ranges(size, self.shard_size)):
             path = _shard_path(self.folder, shard)
             if not path.exists():
@@ -118,10 +118,26 @@ class EmbeddingStore:
         gathered = np.empty((flat_ids.size, self.shape[1]), np.float32)
         shards = flat_ids // self.shard_size
         for shard in np.unique(shards):
-            here = shards == shard
-            rows = flat_ids[here] - shard * self.shard_size
-            gathered[here] = self._shards[shard][rows]
+            here = np.flatnonzero(shards == shard)
+            self._read(
+                int(shard), flat_ids[here] - shard * self.shard_size, here, gathered
+            )
         return gathered.reshape(*ids.shape, self.shape[1])
+
+    def _read(
+        self, shard: int, rows: np.ndarray, at: np.ndarray, gathered: np.ndarray
+    ) -> None:
+        """Rows of a shard to their places.
+
+        Read, not mapped: for every row that is touched the kernel maps its neighbours
+        too, and soon the whole index counts as this process' memory.
+        """
+        mapped = self._shards[shard]
+        size = mapped.itemsize * mapped.shape[1]
+        with _shard_path(self.folder, shard).open("rb", buffering=0) as file:
+            for row, place in zip(rows.tolist(), at.tolist(), strict=True):
+                data = os.pread(file.fileno(), size, mapped.offset + row * size)
+                gathered[place] = np.frombuffer(data, np.float32)
 
     def rows(self, start: int, stop: int) -> Float32[np.ndarray, "N E"]:
         """Rows ``start`` to ``stop``, cut at the end; a view if one shard has them."""
@@ -441,7 +457,7 @@ def _write_shard(path: Path, rows: np.ndarray) -> None:
     temporary.replace(path)
 
 
-def _open_shard(path: Path, rows: int, width: int | None) -> np.ndarray:
+def _open_shard(path: Path, rows: int, width: int | None) -> np.memmap:
     """Memory-maps a shard; ``width`` is None where any will do."""
     expected = f"float32 ({rows}, {'any width' if width is None else width})"
     remedy = "delete this file and run the index stage again"

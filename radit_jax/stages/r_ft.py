@@ -375,9 +375,6 @@ class Training:
             split: self.tokenize([example.question for example in scores.examples])
             for split, scores in self.scores.items()
         }
-        longest = max(len(row) for rows in self.tokens.values() for row in rows)
-        # Few shapes to compile, little padding.
-        self.length = min(-(-longest // 16) * 16, self.longest)
         self.corpus = Corpus(config, folder / "index-now", self.store)
         self.gather = gather_embeddings(EmbeddingStore(workdir / "index"))
         if r_ft.towers == "both":
@@ -466,7 +463,7 @@ class Training:
             self.questions(target, loss_name, self.scores),
             self.gather,
             r_ft.rows,
-            self.length,
+            self.longest,
             config.seed,
             jax.process_index(),
             jax.process_count(),
