@@ -21,6 +21,12 @@ BLOCK = 128
 # Name of what a rematerialised layer should keep, so that its backward pass need not
 # run attention forward again.
 SAVED = "attention"
+# What a backward pass keeps: matrix products and attention, while the element-wise
+# work between them is done again.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(SAVED),
+)
 
 
 class Layout(NamedTuple):

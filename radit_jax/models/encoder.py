@@ -6,6 +6,7 @@ Which one holds is a property of the checkpoint (``pooling`` and ``normalize`` o
 config), never of the code that calls it.
 """
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from radit_jax import sharding
 from radit_jax.models.attention import (
+    KEEP_PRODUCTS,
     Layout,
     attention,
     attention_mask,
@@ -154,6 +156,7 @@ class Encoder(nnx.Module):
         layout = Layout(mask_BL.astype(jnp.int32), mask_BL.astype(jnp.int32))
         mask_BLM = attention_mask(layout, layout, causal=False)
 
+        @functools.partial(jax.checkpoint, policy=KEEP_PRODUCTS)
         def step(x_BLD: Array, block: EncoderBlock) -> tuple[Array, None]:
             return block(x_BLD, mask_BLM, self.config.norm_eps), None
 

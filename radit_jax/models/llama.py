@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from radit_jax import sharding
 from radit_jax.models.attention import (
-    SAVED,
+    KEEP_PRODUCTS,
     Layout,
     attention,
     attention_mask,
@@ -35,10 +35,7 @@ from radit_jax.models.layers import (
 
 REMAT_POLICIES = {
     "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(SAVED),
-    ),
+    "dots": KEEP_PRODUCTS,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
