@@ -48,7 +48,7 @@ def section(config: ConfigDict, variant: str) -> None:
     if variant == "demo":
         c.limit = 200
     if variant == "mini":
-        c.limit = 500
+        c.limit = 250
         c.systems = (
             "LM + retrieval",
             "LM + R-FT",

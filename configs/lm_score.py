@@ -30,8 +30,6 @@ def section(config: ConfigDict, variant: str) -> None:
         c.passages, c.limit = 6, 400
         c.row_tokens, c.row_targets, c.rows = 512, 64, 8
         c.shard_size = 4096
-    if variant == "mini":
-        c.limit = 1600
     if variant == "tiny":
         c.row_tokens, c.row_targets, c.rows = 128, 32, 8
         c.packing_bins = 16

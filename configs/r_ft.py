@@ -83,7 +83,6 @@ def section(config: ConfigDict, variant: str) -> None:
     if variant == "demo":
         c.controls = ("gold", "shuffled")
     if variant == "mini":
-        c.steps, c.warmup_steps = 200, 20
         c.controls = ("gold", "shuffled", "uniform")
     if variant == "tiny":
         c.score_temperature = 0.05

@@ -385,20 +385,17 @@ def _write_scores(
     tokens = np.zeros(len(ids_BC), np.int32)
     tokens[pairs.examples] = scored.tokens
     table = score_table(scored, pairs, tokens, ids_BC.shape[1] + 1)
-    token_ends = np.cumsum(tokens)
-    end = token_end = 0
+    bounds = np.concatenate([[0], np.cumsum(tokens)])
+    end = 0
     for (split, name), part in parts.items():
         start, end = end, end + len(part.examples)
-        if end == start:
-            continue
-        token_start, token_end = token_end, int(token_ends[end - 1])
         write_arrays(
             folder / split / name / "scores.npz",
             places=part.places,
             ids=part.ids,
             log_p=table.log_p[start:end, 1:],
             log_p_alone=table.log_p[start:end, 0],
-            token_log_p=table.token_log_p[token_start:token_end, 1:],
+            token_log_p=table.token_log_p[bounds[start] : bounds[end], 1:],
             tokens=tokens[start:end],
             characters=np.array([len(e.answers[0]) for e in part.examples], np.int32),
         )

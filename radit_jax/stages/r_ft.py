@@ -359,10 +359,10 @@ class Training:
         self.store = PassageStore(workdir / "passages")
         self.longest = min(config.retrieve.max_tokens, shape.max_length)
         self.tokenize = tokenizing(tokenizer, self.longest)
-        self.parts = {"train": r_ft.corpus_share < 1, CORPUS: r_ft.corpus_share > 0}
+        parts = {"train": r_ft.corpus_share < 1, CORPUS: r_ft.corpus_share > 0}
         self.scores = {
             split: _usable(read_scores(workdir, split), split)
-            for split, used in self.parts.items()
+            for split, used in parts.items()
             if used
         }
         self.log_q = {
