@@ -10,8 +10,8 @@
 ``:demo`` teaches a real language model of 135M weights to use retrieval, and a
 retriever what the model can use, on two CPU cores in half an hour to an hour; ``:mini``
 is the same with all controls and the paper's dual ablation on more test questions;
-``:tiny`` runs the same code on random weights in seconds; ``:own`` runs it on your files
-with the demo's sizes. Without a variant: the paper's settings for LLaMA 7B.
+``:tiny`` runs the same code on random weights in a minute; ``:own`` runs it on your
+files with the demo's sizes. Without a variant: the paper's settings for LLaMA 7B.
 """
 
 from ml_collections import ConfigDict
