@@ -1,7 +1,5 @@
 """Losses as pure functions of arrays."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -143,7 +141,7 @@ def emdr2(log_p_BC: Array, log_q_BC: Array, token_log_p_BTC: Array | None) -> Ar
 
 # What a retriever is trained by: (log p_R, log p_LSR, tokens' log-probabilities) to the
 # loss of each question, in nats.
-RETRIEVER_LOSSES: dict[str, Callable[[Array, Array, Array | None], Array]] = {
+RETRIEVER_LOSSES = {
     "kl": kl,
     "reverse_kl": reverse_kl,
     "pdist": pdist,
