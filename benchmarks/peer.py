@@ -306,6 +306,27 @@ class SequentialTrainer(transformers.Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+def trainer_arguments(folder: str, per_step: int, settings: dict) -> dict:
+    """What Trainer is told in every job: every step is logged, nothing is saved."""
+    return {
+        "output_dir": folder,  # Trainer wants one all the same
+        "per_device_train_batch_size": settings["batch_size"],
+        "gradient_accumulation_steps": per_step // settings["batch_size"],
+        "learning_rate": settings["learning_rate"],
+        "adam_beta1": settings["betas"][0],
+        "adam_beta2": settings["betas"][1],
+        "weight_decay": settings["weight_decay"],
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+
+
 def train_with_trainer(
     channel: Channel, model, instances: list[dict], settings: dict, facts: dict
 ):
@@ -318,24 +339,10 @@ def train_with_trainer(
     steps = 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
-            output_dir=folder,  # nothing is saved, but Trainer wants one
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=per_step // batch_size,
+            **trainer_arguments(folder, per_step, settings),
             max_steps=steps,
-            learning_rate=settings["learning_rate"],
-            adam_beta1=settings["betas"][0],
-            adam_beta2=settings["betas"][1],
-            weight_decay=settings["weight_decay"],
             max_grad_norm=settings["clip_norm"],
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            dataloader_pin_memory=False,
             remove_unused_columns=False,
-            disable_tqdm=True,
         )
         SequentialTrainer(
             model=model,
@@ -647,24 +654,10 @@ def retriever_with_trainer(
     scale = settings["student_temperature"] ** 2
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder,  # nothing is saved, but Trainer wants one
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=per_step // batch_size,
+            **trainer_arguments(folder, per_step, settings),
             batch_sampler=in_order,
             num_train_epochs=100_000,
-            learning_rate=settings["learning_rate"],
-            adam_beta1=settings["betas"][0],
-            adam_beta2=settings["betas"][1],
-            weight_decay=settings["weight_decay"],
             max_grad_norm=settings["clip_norm"] * scale,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            disable_tqdm=True,
         )
         SentenceTransformerTrainer(
             model=model,

@@ -108,15 +108,20 @@ def kl(p, q):
     return np.where(p > 0, p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300)), 0)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_divergences_are_those_of_numpy_in_their_direction(reverse):
+def distributions():
+    """log p_R and log p_LSR as the code has them, then p and q by numpy."""
     log_p = losses.retriever_log_probabilities(
         jnp.asarray(SCORES), jnp.asarray(PRESENT), 0.5
     )
-    log_q = lsr(0.3)
     p = softmax(SCORES.astype(np.float64) / 0.5, PRESENT)
     sums = np.where(PRESENT, LOG_P.astype(np.float64), 0)
     q = softmax(sums / TOKENS[:, None] / 0.3, PRESENT)
+    return log_p, lsr(0.3), p, q
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_divergences_are_those_of_numpy_in_their_direction(reverse):
+    log_p, log_q, p, q = distributions()
     pairs = ((log_q, log_p), (q, p)) if reverse else ((log_p, log_q), (p, q))
     found = losses.divergence(*pairs[0])
     np.testing.assert_allclose(found, kl(*pairs[1]).sum(-1), rtol=1e-4, atol=1e-6)
@@ -125,13 +130,7 @@ def test_divergences_are_those_of_numpy_in_their_direction(reverse):
 
 
 def test_retriever_losses_are_those_of_numpy():
-    log_p = losses.retriever_log_probabilities(
-        jnp.asarray(SCORES), jnp.asarray(PRESENT), 0.5
-    )
-    log_q = lsr(0.3)
-    p = softmax(SCORES.astype(np.float64) / 0.5, PRESENT)
-    sums = np.where(PRESENT, LOG_P.astype(np.float64), 0)
-    q = softmax(sums / TOKENS[:, None] / 0.3, PRESENT)
+    log_p, log_q, p, q = distributions()
     rng = np.random.default_rng(0)
     tokens = np.log(rng.uniform(0.1, 0.9, (2, 4, 3)))
     tokens[1, 2:] = 0  # an answer of two tokens

@@ -499,7 +499,7 @@ def test_the_stage_trains_the_query_encoder_and_touches_nothing_else(ready, plai
     best = max(validated, key=lambda step: (validated[step], -step))
     assert manifest["counts"]["runs"]["lm"]["best_step"] == best
     with jax.set_mesh(sharding.make_mesh()):
-        kept = r_ft.load_finetuned_towers(config, "lm")
+        kept = r_ft.load_finetuned_towers(config, folder / "lm")
         start = Towers(load_encoder(config.encoder))
         same = jax.tree.map(lambda a, b: bool((a == b).all()), kept, start)
     assert all(jax.tree.leaves(same)) == (best == 0)
@@ -703,7 +703,11 @@ def test_a_control_trains_in_a_folder_of_its_own(ready, plain, target):
     # What a shuffled target does is seen at the last step, were it the worst.
     with jax.set_mesh(sharding.make_mesh()):
         first = load_encoder(config.encoder)
-        last = r_ft.load_finetuned_towers(config, "shuffled") if target != "gold" else 0
+        last = (
+            r_ft.load_finetuned_towers(config, folder / "shuffled")
+            if target != "gold"
+            else 0
+        )
         if last:
             assert unchanged(Towers(first), last) == []
 
@@ -723,7 +727,7 @@ def test_both_towers_bring_an_index_of_their_own(ready, plain):
     run("retrieve_r_ft", retrieve_r_ft.STAGE, config)
     ((_, found),) = read_retrieved(ready, "test", "retrieved_r_ft/lm").values()
     with jax.set_mesh(sharding.make_mesh()):
-        towers = r_ft.load_finetuned_towers(config, "lm")
+        towers = r_ft.load_finetuned_towers(config, folder / "lm")
         training = r_ft.Training(config, folder)
         ((examples, _),) = read_retrieved(ready, "test").values()
         expected = training.searcher(towers)(examples[:5], config.retrieve.k)
@@ -740,10 +744,10 @@ def test_candidates_follow_the_query_encoder_where_asked_to(scored, plain, tmp_p
     made = []
     real = refresh.Refresher._make
 
-    def remember(self, file, split, towers):
-        real(self, file, split, towers)
+    def remember(self, file, split, searcher):
+        real(self, file, split, searcher)
         known = self.scores[split]
-        expected = self.searcher(towers)(known.examples, known.ids.shape[1]).ids
+        expected = searcher(known.examples, known.ids.shape[1]).ids
         made.append((file.name, split, known, expected))
 
     given = []

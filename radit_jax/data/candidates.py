@@ -1,8 +1,8 @@
 """Batches for R-FT: questions, their candidate passages, and targets.
 
-numpy only, like the rest of this room. Embeddings are gathered row by row from the
-memory-mapped index, in the threads that read ahead: no more of it is ever in memory
-than the batches at hand.
+numpy only, like the rest of this room. Embeddings are read row by row from the index,
+in the threads that read ahead: no more of it is ever in memory than the batches at
+hand.
 """
 
 import functools

@@ -35,9 +35,7 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     # How fast the index is searched is no part of what it holds.
     del index["threads"]
     return index | {
-        "encoder": field_fingerprint(
-            config, "context_encoder" if config.context_encoder else "encoder"
-        ),
+        "encoder": context_fingerprint(config),
         "pooling": section(config.pooling),
         "dtype": config.dtype,
     }
@@ -46,6 +44,13 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
 def context_folder(config: ConfigDict) -> str:
     """The context tower; one folder serves as both unless a second one is given."""
     return config.context_encoder or config.encoder
+
+
+def context_fingerprint(config: ConfigDict) -> str:
+    """Of the context tower's content."""
+    return field_fingerprint(
+        config, "context_encoder" if config.context_encoder else "encoder"
+    )
 
 
 def tower(

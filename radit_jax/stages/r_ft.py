@@ -38,6 +38,7 @@ from radit_jax.retrieval.embed import EmbeddingStore
 from radit_jax.retrieval.index import ExactIndex, Index, open_index
 from radit_jax.stages.index import (
     build_structure,
+    context_fingerprint,
     context_folder,
     embed_corpus,
     encoding,
@@ -94,9 +95,7 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     """The r_ft section and the encoders' content; not the mesh."""
     return training_settings(config.r_ft) | {
         "encoder": field_fingerprint(config, "encoder"),
-        "context_encoder": field_fingerprint(
-            config, "context_encoder" if config.context_encoder else "encoder"
-        ),
+        "context_encoder": context_fingerprint(config),
         "pooling": section(config.pooling),
         "question_tokens": config.retrieve.max_tokens,
         "seed": config.seed,
@@ -381,21 +380,16 @@ class Training:
             size = min(r_ft.passage_tokens, self.corpus.length)
             tokenize = tokenizing(load_tokenizer(context_folder(config)), size)
             self.gather = gather_tokens(self.store, tokenize, size)
-        dev = read_scores(workdir, "dev")
-        gold = [gold_passages(example, self.store) for example in dev.examples]
-        self.agreement = gold_agreement(dev, gold)
-        # Scored or not: retrieval alone is judged.
-        asked = [
-            example
+        # Scored or not: of all of them retrieval is judged.
+        gold = {
+            example: gold_passages(example, self.store)
             for examples, _ in read_retrieved(workdir, "dev").values()
             for example in examples
-        ]
+        }
+        dev = read_scores(workdir, "dev")
+        self.agreement = gold_agreement(dev, [gold[e] for e in dev.examples])
         self.validate = Validation(
-            config,
-            asked,
-            [gold_passages(example, self.store) for example in asked],
-            self.store,
-            self.searcher,
+            config, [*gold], [*gold.values()], self.store, self.searcher
         )
 
     def searcher(self, towers: Towers) -> Searcher:
@@ -489,7 +483,7 @@ class Training:
         found = train(
             r_ft,
             folder,
-            load_towers(config),
+            _towers(config, functools.partial(load_tower, config)),
             config.seed,
             METRIC,
             functools.partial(
@@ -505,7 +499,7 @@ class Training:
         )
         shutil.rmtree(self.corpus.folder, ignore_errors=True)
         if r_ft.towers == "both":
-            towers = load_checkpoint(folder, METRIC, lambda key: _abstract(config, key))
+            towers = load_finetuned_towers(config, folder)
             self.corpus.embed(towers, folder / "index")
             build_structure(config, folder / "index")
         return found
@@ -525,20 +519,12 @@ def _usable(scores: Scores, split: str) -> Scores:
     return scores.only(enough)
 
 
-def load_towers(config: ConfigDict) -> Towers:
-    """What training starts from."""
-    query = load_tower(config, config.encoder)
+def _towers(config: ConfigDict, make: Callable[[str], Encoder]) -> Towers:
+    """Those that train, each made from its folder."""
+    query = make(config.encoder)
     if config.r_ft.towers == "query":
         return Towers(query)
-    return Towers(query, load_tower(config, context_folder(config)))
-
-
-def _abstract(config: ConfigDict, key: Array) -> Towers:
-    """Towers of the right shape."""
-    query = Encoder(tower_config(config, config.encoder), key)
-    if config.r_ft.towers == "query":
-        return Towers(query)
-    return Towers(query, Encoder(tower_config(config, context_folder(config)), key))
+    return Towers(query, make(context_folder(config)))
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
@@ -560,19 +546,19 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     }
 
 
-def load_finetuned_towers(config: ConfigDict, target: str) -> Towers:
-    """What the finished stage learnt, on the current mesh.
+def load_finetuned_towers(config: ConfigDict, folder: Path) -> Towers:
+    """What the finished run of a target learnt, on the current mesh.
 
-    The best checkpoint by validation; of targets that teach nothing right (shuffled,
-    uniform) the last one: the best would be the start, and show nothing of what the
-    target does.
+    The folder bears the target's name, as ``r_ft/lm``. The best checkpoint by
+    validation; of targets that teach nothing right (shuffled, uniform) the last one:
+    the best would be the start, and show nothing of what the target does.
     """
-    return load_checkpoint(
-        Path(config.workdir) / "r_ft" / target,
-        METRIC,
-        lambda key: _abstract(config, key),
-        last=target in ("shuffled", "uniform"),
-    )
+
+    def build(key: Array) -> Towers:
+        return _towers(config, lambda name: Encoder(tower_config(config, name), key))
+
+    last = folder.name in ("shuffled", "uniform")
+    return load_checkpoint(folder, METRIC, build, last)
 
 
 STAGE = Stage(

@@ -60,6 +60,8 @@ class Refresher:
         wanted = done // every
         if wanted == self.round:
             return None
+        # Once for all splits: with both towers training it embeds the corpus.
+        searcher: Searcher | None = None
         for round in range(self.round + 1, wanted + 1):
             for split in self.scores:
                 file = self.folder / f"{round * every:09d}-{split}.npz"
@@ -70,7 +72,8 @@ class Refresher:
                             f"{round * every} is gone; move {self.folder.parent} away "
                             "to train from the start"
                         )
-                    self._make(file, split, towers)
+                    searcher = searcher or self.searcher(towers)
+                    self._make(file, split, searcher)
                 arrays = np.load(file)
                 self.scores[split] = self.scores[split]._replace(
                     **{name: arrays[name] for name in arrays.files}
@@ -78,11 +81,11 @@ class Refresher:
         self.round = wanted
         return dict(self.scores)
 
-    def _make(self, file: Path, split: str, towers: Any) -> None:
+    def _make(self, file: Path, split: str, searcher: Searcher) -> None:
         """Retrieve, and score what is new."""
         old = self.scores[split]
         k = old.ids.shape[1]
-        ids_BC = self.searcher(towers)(old.examples, k).ids
+        ids_BC = searcher(old.examples, k).ids
         same_BCC = ids_BC[:, :, None] == old.ids[:, None, :]
         known_BC = same_BCC.any(axis=2) & (ids_BC >= 0)
         at_BC = same_BCC.argmax(axis=2)

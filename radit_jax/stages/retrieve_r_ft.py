@@ -39,9 +39,10 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     apply = encoding(config)
     counts: dict[str, Any] = {}
     for target in (config.r_ft.target, *config.r_ft.controls):
-        towers = load_finetuned_towers(config, target)
+        tuned = workdir / "r_ft" / target
+        towers = load_finetuned_towers(config, tuned)
         # Where both towers were trained, with passages as they are now.
-        own = workdir / "r_ft" / target / "index"
+        own = tuned / "index"
         index = open_index(
             own if own.is_dir() else workdir / "index", jax.sharding.get_mesh()
         )
