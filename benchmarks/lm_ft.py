@@ -46,10 +46,9 @@ def rendered(workdir: Path, count: int) -> list[prompts.Prompt]:
     return [
         prompts.render(
             tokenizer,
-            example.question,
+            prompts.pieces(example),
             512,
             passage=passages[int(found.ids[i, 0])].display,
-            answer=example.answers[0],
         )
         for i, example in enumerate(examples[:count])
     ]
@@ -65,7 +64,7 @@ def steps_of(
     steps = []
     for start in range(0, len(instances), PER_STEP):
         source = [
-            pipeline.features(p.tokens, p.answer_start, mixture.row_targets, "")
+            pipeline.features(p, mixture.row_targets, "")
             for p in instances[start : start + PER_STEP]
         ]
         micro = list(pipeline.pack_all(source, mixture, rows))

@@ -5,9 +5,33 @@ from difflib import get_close_matches
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-VARIANTS = ("", "tiny", "demo", "mini", "own")
+VARIANTS = ("", "tiny", "demo", "mini", "own", "offline")
 FACTBOOK = ("demo", "mini")  # real small models, questions about the World Factbook
-SMALL = (*FACTBOOK, "own")  # sizes for a model of 135M weights on two CPU cores
+# The same language model and published evaluation sets, from packages.
+OFFLINE_STAGES = ("prepare", "preview", "evaluate")
+OFFLINE_DATASETS = (
+    *("mmlu", "nq", "tqa_wikipedia", "boolq", "piqa", "siqa", "hellaswag"),
+    *("winogrande", "arc_e:dev", "arc_c:dev", "obqa:dev"),
+)
+PREPARED = (*FACTBOOK, "tiny", "offline")  # their inputs are made by stage ``prepare``
+# RA-DIT Table 1, by the names of docs/data.md, which says which of the two fine-tunings
+# uses what.
+TRAIN_DATASETS = (
+    *("oasst1", "commonsense_qa", "math_qa", "web_questions", "wiki_qa"),
+    *("yahoo_answers_qa", "freebase_qa", "ms_marco", "coqa", "drop", "narrativeqa"),
+    *("newsqa", "pubmed_qa", "quail", "quarel", "squad_v2", "cnn_dailymail"),
+    *("aqua_rat", "ecqa", "gsm8k", "competition_math", "strategyqa"),
+)
+# Tables 2 and 3: what is evaluated, and what of it without retrieval.
+TEST_DATASETS = (
+    *("mmlu", "nq", "tqa", "eli5", "hopo", "fever", "aida", "zsre", "trex", "wow"),
+    *("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa"),
+)
+SMALL = (
+    *FACTBOOK,
+    "own",
+    "offline",
+)  # sizes for a model of 135M weights on two CPU cores
 
 
 def base(stage: str, variant: str) -> ConfigDict:
@@ -21,6 +45,11 @@ def base(stage: str, variant: str) -> ConfigDict:
         raise ValueError(
             f"unknown variant :{variant}; there are {', '.join(VARIANTS[1:])} and the "
             f"paper's settings without a variant. Did you mean :{near[0]}?"
+        )
+    if variant == "offline" and stage not in OFFLINE_STAGES:
+        raise ValueError(
+            "variant :offline has evaluation sets only, for the stages "
+            f"{', '.join(OFFLINE_STAGES)}"
         )
     c = ConfigDict()
     c.stage = stage
@@ -37,10 +66,18 @@ def base(stage: str, variant: str) -> ConfigDict:
     # Sizes of the device mesh; one may be -1, "all that are left".
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
     c.data = ConfigDict()
-    c.data.train = ""  # question files, JSONL, separated by commas
-    c.data.dev = ""  # "": a share of train is set aside
+    # Datasets, separated by commas: a question file (JSONL), the name of a published
+    # dataset (docs/data.md), which lies below ``root``, or NAME=PATH.
+    c.data.train = ""
+    c.data.dev = ""  # "": published dev splits; where there is none, a share of train
     c.data.test = ""
+    c.data.shots = ""  # pools of demonstrations for few-shot prompts
+    c.data.root = ""  # has published datasets in folders of their hub ids
     c.data.dev_share = 0.1
+    # The most examples of a dataset, a random choice; 0: all.
+    c.data.limit = ConfigDict({"train": 0, "dev": 0, "test": 0, "shots": 64})
+    # Share of a dataset's records that may be damaged; they are counted and left out.
+    c.data.max_damaged = 0.0
     if variant in (*FACTBOOK, "tiny"):
         # References: they follow --config.workdir.
         inputs = c.get_ref("workdir") + "/inputs"
@@ -51,6 +88,15 @@ def base(stage: str, variant: str) -> ConfigDict:
         c.data.test = inputs + "/test.jsonl"
     if variant in FACTBOOK:
         c.data.test = inputs + "/test.jsonl," + inputs + "/test_heldout.jsonl"
+    if variant == "offline":
+        c.lm = c.get_ref("workdir") + "/inputs/lm"
+        c.data.root = c.get_ref("workdir") + "/inputs/sets"
+        c.data.test = ", ".join(OFFLINE_DATASETS)
+        c.data.limit.test = 200 if stage == "evaluate" else 0
     if variant == "":
         c.mesh.fsdp = -1
+        c.data.train = ", ".join(TRAIN_DATASETS)
+        c.data.limit.dev = 2500  # section 4.2: at most 2500 dev examples of a task
+        c.data.test = ", ".join(TEST_DATASETS)
+        c.data.shots = ", ".join(TEST_DATASETS)
     return c

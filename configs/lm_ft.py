@@ -22,10 +22,17 @@ def section(config: ConfigDict, variant: str) -> None:
     c = config.lm_ft = ConfigDict()
     # Instances and their mixture.
     c.passages_per_example = 3  # k~, independent instances of an example (App. B)
+    # Those of data.train that are read; "": all but those of R-FT alone (Table 1).
+    c.datasets = ""
     # What a given context is for: "none" (nothing), "only" (instead of retrieval) or
-    # "add" (besides it); for some datasets alone: "none, squad=add, cnn=only".
-    c.context = "none"
+    # "add" (besides it); for some datasets alone: "none, squad=add, cnn=only". "":
+    # what docs/data.md says of a published dataset (footnote 4), nothing elsewhere.
+    c.context = ""
     c.dataset_cap = 7500  # eta: the most examples a dataset weighs as
+    c.shares = ""  # fixed shares of instances instead, "oasst1=0.05"
+    # Of a dialogue, whether the loss falls on every answer or the last alone. The paper
+    # does not say; every reply of OASST1 is the last one of an example of its own.
+    c.every_turn = False
     c.plain_text_share = 0.1  # of instances; loss on all of their tokens
     c.bos = True  # every example is <bos> ... <eos>
     # Rows: several examples each, attention and positions within an example.
@@ -53,6 +60,8 @@ def section(config: ConfigDict, variant: str) -> None:
     c.log_every = 10
     c.keep = 1  # newest checkpoints kept, besides the best one
     c.wandb_project = ""  # "": no wandb
+    if variant == "":
+        c.shares = "oasst1=0.05"  # section 3.2
     if variant in SMALL:
         # For a model of 135M weights on two CPU cores: about seven minutes.
         c.row_tokens, c.row_targets, c.rows, c.micro_batches = 512, 192, 8, 2

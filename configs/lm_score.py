@@ -16,8 +16,13 @@ from configs.base import SMALL, base
 def section(config: ConfigDict, variant: str) -> None:
     """Add the stage's fields to a config."""
     c = config.lm_score = ConfigDict()
+    # Those of data.train that are scored; "": all but those of LM-FT alone (Table 1).
+    c.datasets = ""
     c.splits = ("train", "dev", "corpus")  # corpus: see retrieve.corpus_examples
-    c.limit = 0  # examples of each split, by subjects chosen at random; 0: all
+    c.limit = ConfigDict()  # examples of a split, by subjects drawn at random; 0: all
+    c.limit.train = 0
+    c.limit.dev = 0  # dev scores only say how often the best passage is the gold one
+    c.limit.corpus = 0
     c.passages = 10  # k; what retrieve kept bounds it
     c.bos = True  # every sequence begins with <bos>, where the tokenizer has one
     c.eos = False  # whether <eos> is part of the answer; the paper does not say
@@ -27,7 +32,7 @@ def section(config: ConfigDict, variant: str) -> None:
     c.packing_bins = 256
     c.shard_size = 65_536  # pairs of question and passage; what a kill loses at most
     if variant in SMALL:
-        c.passages, c.limit = 6, 400
+        c.passages, c.limit.train, c.limit.dev, c.limit.corpus = 6, 400, 50, 400
         c.row_tokens, c.row_targets, c.rows = 512, 64, 8
         c.shard_size = 4096
     if variant == "tiny":

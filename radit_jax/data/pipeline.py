@@ -6,7 +6,8 @@ is Grain's own iterator state, saved with every checkpoint.
 
 import difflib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import grain
@@ -14,8 +15,12 @@ import numpy as np
 
 from radit_jax.batch import Example, Packed, Passage
 from radit_jax.data import prompts
+from radit_jax.data.counting import Counted, CountingBatches
+from radit_jax.data.spec import CONTEXT_ROLES
 
-CONTEXT_ROLES = ("none", "only", "add")
+PLAIN_TEXT = "plain text"  # its name in reports
+# What is counted of the instances a run reads, in this order.
+SEEN = ("examples", "tokens", "loss_tokens", "truncated")
 
 
 @runtime_checkable
@@ -40,6 +45,8 @@ class Mixture(NamedTuple):
 
     passages_per_example: int = 3  # k~ (RA-DIT App. B)
     dataset_cap: int = 7500  # eta: a dataset weighs as if it had at most this many
+    # Fixed shares of instances, by dataset; the rest goes by size.
+    shares: Mapping[str, float] = MappingProxyType({})
     plain_text_share: float = 0.1  # of instances; loss on all their tokens
     row_tokens: int = 2048  # L
     row_targets: int = 1024  # T, room for loss-carrying tokens in a row
@@ -47,42 +54,82 @@ class Mixture(NamedTuple):
     micro_batches: int = 1  # gradient accumulation
     packing_bins: int = 64  # rows packed at once; more means less padding
     bos: bool = True
+    every_turn: bool = False  # of a dialogue: whether all its answers carry loss
     seed: int = 0
 
 
-def context_roles(setting: str, datasets: Sequence[str]) -> dict[str, str]:
+def context_roles(
+    setting: str, datasets: Sequence[str], usual: Mapping[str, str]
+) -> dict[str, str]:
     """What the given context of each dataset is for.
 
     Args:
         setting: ``ROLE`` for all, or ``NAME=ROLE`` for one of them, separated by
-            commas: ``none, squad=add, cnn_dailymail=only``.
+            commas: ``none, squad=add, cnn_dailymail=only``; "" for what is usual.
         datasets: names of the datasets.
+        usual: roles of published datasets; that of others is ``none``.
 
     Raises:
         ValueError: an unknown role or dataset, or two roles for all.
     """
     default: str | None = None
     named: dict[str, str] = {}
-    for part in setting.split(","):
-        name, equals, role = (piece.strip() for piece in part.rpartition("="))
+    for name, role in _by_dataset("lm_ft.context", setting, datasets):
         if role not in CONTEXT_ROLES:
             raise ValueError(
                 f"lm_ft.context = {setting!r}: {role!r} is not one of "
                 f"{', '.join(CONTEXT_ROLES)}"
             )
-        if equals and name not in datasets:
-            near = difflib.get_close_matches(name, datasets, 1, 0.0)
-            raise ValueError(
-                f"lm_ft.context = {setting!r}: there is no dataset {name!r}; did you "
-                f"mean {near[0] if near else 'none'}? There are {', '.join(datasets)}"
-            )
-        if not equals:
+        if not name:
             if default is not None:
                 raise ValueError(f"lm_ft.context = {setting!r}: two roles for all")
             default = role
         else:
             named[name] = role
-    return {name: named.get(name, default or "none") for name in datasets}
+    return {
+        name: named.get(name) or default or usual.get(name, "none") for name in datasets
+    }
+
+
+def fixed_shares(setting: str, datasets: Sequence[str]) -> dict[str, float]:
+    """Datasets whose share of the instances does not go by their size.
+
+    Args:
+        setting: ``NAME=SHARE``, separated by commas: ``oasst1=0.05``.
+        datasets: names of the datasets.
+
+    Raises:
+        ValueError: an unknown dataset, or a share that is none.
+    """
+    found = {}
+    for name, value in _by_dataset("lm_ft.shares", setting, datasets):
+        try:
+            share = float(value)
+        except ValueError:
+            share = -1.0
+        if not (name and 0 < share < 1):
+            raise ValueError(
+                f"lm_ft.shares = {setting!r}: expected NAME=SHARE with a share between "
+                f"0 and 1, such as {name or datasets[0]}=0.05"
+            )
+        found[name] = share
+    return found
+
+
+def _by_dataset(
+    field: str, setting: str, datasets: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """``NAME=VALUE, VALUE`` as (name, value) pairs; "" where there is no name."""
+    for part in filter(None, (part.strip() for part in setting.split(","))):
+        name, equals, value = (piece.strip() for piece in part.rpartition("="))
+        if equals and name not in datasets:
+            near = difflib.get_close_matches(name, datasets, 1, 0.0)
+            raise ValueError(
+                f"{field} = {setting!r}: there is no dataset {name!r}; did you mean "
+                f"{near[0] if near else 'none'}? There are {', '.join(datasets)} "
+                f"(--config.{field}= for no such setting)"
+            )
+        yield name, value
 
 
 def check_answers(
@@ -95,12 +142,13 @@ def check_answers(
     """
     for dataset in datasets:
         for example in dataset.examples:
-            answer = example.answers[0]
+            pieces = prompts.pieces(example)
+            answer = pieces[-1].text
             # A token has at least one byte, so most answers need not be tokenised.
             room = min(mixture.row_targets, mixture.row_tokens - 1)
-            if len(answer.encode()) + 2 <= room:
+            if len(answer.encode()) + 1 <= room:
                 continue
-            prompt = prompts.render(tokenizer, "", 10**9, answer=answer)
+            prompt = prompts.render(tokenizer, pieces[-1:], 10**9)
             size = len(prompt.tokens) - prompt.answer_start
             if size > room:
                 raise ValueError(
@@ -145,11 +193,13 @@ class _Renderer:
 
     def __init__(
         self,
+        number: int,
         dataset: Dataset,
         passages: Passages,
         tokenizer: prompts.Tokenizer,
         mixture: Mixture,
     ):
+        self.number = number
         self.dataset = dataset
         self.passages = passages
         self.tokenizer = tokenizer
@@ -162,27 +212,31 @@ class _Renderer:
             self.passages[passage_id].display if passage_id >= 0 else example.context
         )
         questions, answers = prompts.QUESTION_MARKERS, prompts.ANSWER_MARKERS
+        markers = prompts.Markers(
+            questions[int(rng.integers(len(questions)))],
+            answers[int(rng.integers(len(answers)))],
+        )
         prompt = prompts.render(
             self.tokenizer,
-            example.question,
+            prompts.pieces(example, markers, self.mixture.every_turn),
             self.mixture.row_tokens,
             passage=passage,
-            answer=example.answers[0],
-            question_marker=questions[int(rng.integers(len(questions)))],
-            answer_marker=answers[int(rng.integers(len(answers)))],
             bos=self.mixture.bos,
         )
-        return features(
-            prompt.tokens, prompt.answer_start, self.mixture.row_targets, example.id
-        )
+        return features(prompt, self.mixture.row_targets, example.id, self.number)
 
 
 class _PlainText:
     """A passage as plain text: every token is a target."""
 
     def __init__(
-        self, passages: Passages, tokenizer: prompts.Tokenizer, mixture: Mixture
+        self,
+        number: int,
+        passages: Passages,
+        tokenizer: prompts.Tokenizer,
+        mixture: Mixture,
     ):
+        self.number = number
         self.passages = passages
         self.tokenizer = tokenizer
         self.mixture = mixture
@@ -194,38 +248,75 @@ class _PlainText:
         )
         tokens = start + tokenizer.encode(self.passages[int(id)].display)
         room = min(mixture.row_tokens, mixture.row_targets)
+        cut = max(len(tokens) + 1 - room, 0)
         tokens = [*tokens[: room - 1], tokenizer.eos_id]
-        return features(tokens, 1, mixture.row_targets, f"passage {id}")
+        prompt = prompts.Prompt(tokens, 0, 0, ((0, len(tokens)),), cut, 0)
+        return features(prompt, mixture.row_targets, f"passage {id}", self.number)
 
 
-def features(tokens: list[int], start: int, row_targets: int, what: str) -> dict:
-    """What is packed of an instance: its tokens, and the sites whose successors, from
-    ``start`` on, carry loss."""
-    if len(tokens) - start > row_targets:
+def features(
+    prompt: prompts.Prompt, row_targets: int, what: str, dataset: int = 0
+) -> dict:
+    """What is packed of an instance: its tokens, and the sites whose successors carry
+    loss. Where all of it does not fit, the earlier turns of a dialogue carry none.
+
+    Args:
+        prompt: with its answer.
+        row_targets: room for tokens that carry loss.
+        what: its name in errors.
+        dataset: its number, for the count of what was seen.
+
+    Raises:
+        ValueError: the answer does not fit.
+    """
+    # A segment's first token has no predecessor that could predict it.
+    places = [np.arange(max(start, 1), end) for start, end in prompt.spans]
+    if places[-1].size > row_targets:
         raise ValueError(
-            f"{what}: an answer of {len(tokens) - start} tokens, <eos> included, is "
+            f"{what}: an answer of {places[-1].size} tokens, <eos> included, is "
             f"longer than lm_ft.row_targets = {row_targets}"
         )
-    # A segment's first token has no predecessor that could predict it.
-    start = max(start, 1)
+    carries = np.concatenate(places)
+    if carries.size > row_targets:
+        carries = places[-1]
+    tokens = np.asarray(prompt.tokens, np.int32)
+    cut = prompt.passage_cut + prompt.question_cut > 0
     return {
-        "tokens": np.asarray(tokens, np.int32),
-        "sites": np.arange(start - 1, len(tokens) - 1, dtype=np.int32),
-        "targets": np.asarray(tokens[start:], np.int32),
+        "tokens": tokens,
+        "sites": (carries - 1).astype(np.int32),
+        "targets": tokens[carries],
+        "instance": np.array([dataset], np.int32),
+        "cut": np.array([cut], np.int32),
     }
 
 
 def _pack(dataset: grain.IterDataset, mixture: Mixture, bins: int) -> grain.IterDataset:
-    return _first_fit(
-        dataset,
-        {
-            "tokens": mixture.row_tokens,
-            "sites": mixture.row_targets,
-            "targets": mixture.row_targets,
-        },
-        bins,
-        mixture.seed,
-    ).map(_absolute_sites)
+    # Every instance carries loss, so there are no more of them than sites.
+    targets = ("sites", "targets", "instance", "cut")
+    lengths = {"tokens": mixture.row_tokens}
+    lengths |= dict.fromkeys(targets, mixture.row_targets)
+    return _first_fit(dataset, lengths, bins, mixture.seed)
+
+
+class _Count:
+    """Packed features to a row and its count by dataset."""
+
+    def __init__(self, datasets: int):
+        self.datasets = datasets
+
+    def __call__(self, row: dict) -> Counted:
+        packed = _absolute_sites(row)
+        instances = row["instance_segment_ids"] > 0
+        of = row["instance"][instances]
+        # Of segment s: instance s - 1.
+        tokens, targets = (
+            np.bincount(row[name][row[name] > 0] - 1, minlength=of.size)
+            for name in ("tokens_segment_ids", "sites_segment_ids")
+        )
+        seen_NS = np.zeros((self.datasets, len(SEEN)), np.int64)
+        counts = (np.ones_like(of), tokens, targets, row["cut"][instances])
+        np.add.at(seen_NS, of, np.stack(counts, axis=-1))
+        return Counted(packed, seen_NS)
 
 
 def _first_fit(
@@ -263,12 +354,29 @@ def _absolute_sites(row: dict) -> Packed:
 def mixture_weights(datasets: Sequence[Dataset], mixture: Mixture) -> list[float]:
     """Share of instances of each dataset, then of plain text if it has any.
 
-    Examples-proportional with a cap (RA-DIT section 3.2): a dataset weighs
-    min(its examples, ``dataset_cap``).
+    Fixed shares as ``shares`` says; the rest is examples-proportional with a cap
+    (RA-DIT section 3.2): a dataset weighs min(its examples, ``dataset_cap``).
+
+    Raises:
+        ValueError: the fixed shares leave nothing for the other datasets.
     """
-    sizes = [min(len(d.examples), mixture.dataset_cap) for d in datasets]
-    shares = [(1 - mixture.plain_text_share) * size / sum(sizes) for size in sizes]
-    return [*shares, mixture.plain_text_share] if mixture.plain_text_share else shares
+    rest = 1.0 - mixture.plain_text_share - sum(mixture.shares.values())
+    sizes = {
+        dataset.name: min(len(dataset.examples), mixture.dataset_cap)
+        for dataset in datasets
+        if dataset.name not in mixture.shares
+    }
+    if rest < -1e-9 or bool(sizes) != (rest > 1e-9):
+        raise ValueError(
+            f"lm_ft.shares = {dict(mixture.shares)} and lm_ft.plain_text_share = "
+            f"{mixture.plain_text_share} leave {rest:.3g} of the mixture for "
+            f"{', '.join(sizes) or 'no other dataset'}"
+        )
+    found = [
+        mixture.shares.get(name) or rest * sizes[name] / sum(sizes.values())
+        for name in (dataset.name for dataset in datasets)
+    ]
+    return [*found, mixture.plain_text_share] if mixture.plain_text_share else found
 
 
 def training_batches(
@@ -278,7 +386,7 @@ def training_batches(
     mixture: Mixture,
     process: int = 0,
     processes: int = 1,
-) -> grain.DatasetIterator[Packed]:
+) -> CountingBatches:
     """Packed batches without end, their arrays shaped [micro-batches, rows, ...].
 
     Every dataset is reshuffled each time it is exhausted. Each process sees its own
@@ -302,7 +410,7 @@ def training_batches(
     sources = []
     for i, dataset in enumerate(datasets):
         pairs = instances(dataset, mixture.passages_per_example)
-        renderer = _Renderer(dataset, passages, tokenizer, mixture)
+        renderer = _Renderer(i, dataset, passages, tokenizer, mixture)
         sources.append(
             grain.MapDataset.source(pairs)
             .shuffle(seed=mixture.seed + i)
@@ -314,7 +422,7 @@ def training_batches(
             grain.MapDataset.range(len(passages))
             .shuffle(seed=mixture.seed + len(datasets))
             .repeat(reseed_each_epoch=True)
-            .map(_PlainText(passages, tokenizer, mixture))
+            .map(_PlainText(len(datasets), passages, tokenizer, mixture))
         )
     mixed = grain.MapDataset.mix(sources, mixture_weights(datasets, mixture))
     rows = mixture.rows // parts
@@ -322,11 +430,12 @@ def training_batches(
     ds = mixed[process::processes].to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
     )
-    ds = _pack(ds, mixture, max(mixture.packing_bins, rows))
+    names = [dataset.name for dataset in datasets]
+    names += [PLAIN_TEXT] * bool(mixture.plain_text_share)
+    ds = _pack(ds, mixture, max(mixture.packing_bins, rows)).map(_Count(len(names)))
     ds = ds.batch(rows).batch(mixture.micro_batches)
-    return iter(
-        grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=2)
-    )
+    ahead = grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=2)
+    return CountingBatches(lambda: iter(ahead), names, SEEN)
 
 
 def validation_batches(
@@ -349,24 +458,20 @@ def validation_batches(
                 passage = passages[id].display if id >= 0 else ""
             prompt = prompts.render(
                 tokenizer,
-                example.question,
+                prompts.pieces(example),
                 mixture.row_tokens,
                 passage=passage,
-                answer=example.answers[0],
                 bos=mixture.bos,
             )
-            source.append(
-                features(
-                    prompt.tokens, prompt.answer_start, mixture.row_targets, example.id
-                )
-            )
+            source.append(features(prompt, mixture.row_targets, example.id))
     return pack_all(source, mixture, rows)
 
 
 def pack_all(source: Sequence[dict], mixture: Mixture, rows: int) -> Iterator[Packed]:
     """Pack instances that are all there, in batches of ``rows``; the last is padded."""
     order = grain.MapDataset.source(source).to_iter_dataset()
-    packed = list(_pack(order, mixture, max(mixture.packing_bins, rows)))
+    bins = max(mixture.packing_bins, rows)
+    packed = list(_pack(order, mixture, bins).map(_absolute_sites))
     for start in range(0, len(packed), rows):
         chosen = packed[start : start + rows]
         fields = zip(*chosen, strict=True)

@@ -7,53 +7,89 @@ from pathlib import Path
 
 from radit_jax.batch import Example
 from radit_jax.data.corpus import PassageStore
-from radit_jax.data.jsonl import Row, read_rows
+from radit_jax.data.damage import Damage
+from radit_jax.data.jsonl import RecordError, Row, read_rows
+from radit_jax.data.prompts import pieces
 
-FIELDS = ("question", "answers", "id", "context", "kind", "document", "evidence")
+FIELDS = (
+    *("question", "answers", "id", "context", "kind", "document", "evidence"),
+    *("template", "query", "turns", "rationale", "choices"),
+)
+MAX_DAMAGED = "data.max_damaged"  # the field that says how many rows may be damaged
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def read_examples(path: str | Path, dataset: str = "") -> list[Example]:
+def read_examples(
+    path: str | Path, dataset: str = "", max_damaged: float = 0.0
+) -> list[Example]:
     """Read the questions of a JSONL file.
 
     Every row has ``question`` and ``answers`` (a list; the first is trained on, all are
-    accepted), and may have ``id``, ``context``, ``kind``, ``document`` and
-    ``evidence``. A row without an id gets the file's stem and the line: ``dev-7``.
+    accepted), and may have the other fields of ``Example`` that FIELDS lists. A row
+    without an id gets the file's stem and the line: ``dev-7``.
 
     Args:
         path: A UTF-8 file with one JSON object per line.
         dataset: Name that the examples bear in mixtures and reports.
+        max_damaged: share of rows that may be damaged; these are left out.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: A row is malformed, an id occurs twice, or a field looks mistyped.
     """
+    damage = Damage(MAX_DAMAGED, max_damaged)
     examples = []
     first_line: dict[str, int] = {}
-    for row in read_rows(path):
-        row.check_names(FIELDS)
-        example = Example(
-            id=row.identifier("id", default=f"{row.path.stem}-{row.line}"),
-            question=row.text("question"),
-            answers=_answers(row),
-            context=row.text("context", default=""),
-            dataset=dataset,
-            kind=row.text("kind", default=""),
-            document=row.identifier("document", default=""),
-            evidence=row.text("evidence", default=""),
-        )
-        if not example.question.strip():
-            raise row.error('field "question" is blank')
-        if example.id in first_line:
-            raise row.error(
-                f'id "{example.id}" has occurred before, on line'
-                f" {first_line[example.id]}; every example needs its own"
-            )
+    for row in read_rows(path, damage.lost):
+        damage.records += 1
+        try:
+            example = _example(row, dataset)
+            if example.id in first_line:
+                raise row.error(
+                    f'id "{example.id}" has occurred before, on line'
+                    f" {first_line[example.id]}; every example needs its own"
+                )
+        except RecordError as error:
+            damage.note(error)
+            continue
         first_line[example.id] = row.line
         examples.append(example)
+    damage.finish()
     return examples
+
+
+def _example(row: Row, dataset: str) -> Example:
+    row.check_names(FIELDS)
+    example = Example(
+        id=row.identifier("id", default=f"{row.path.stem}-{row.line}"),
+        question=row.text("question"),
+        answers=_answers(row),
+        context=row.text("context", default=""),
+        dataset=dataset,
+        kind=row.text("kind", default=""),
+        document=row.identifier("document", default=""),
+        evidence=row.text("evidence", default=""),
+        template=row.text("template", default="qa"),
+        query=row.text("query", default=""),
+        turns=row.texts("turns", default=()),
+        rationale=row.text("rationale", default=""),
+        choices=row.texts("choices", default=()),
+    )
+    if not example.question.strip():
+        raise row.error('field "question" is blank')
+    if len(example.turns) % 2:
+        raise row.error(
+            f'field "turns" has {len(example.turns)} strings, expected the turns before'
+            " the question: the user's and the answer to it, an even number"
+        )
+    try:
+        # Whether the example has what its template needs.
+        pieces(example)
+    except ValueError as error:
+        raise row.error(str(error)) from error
+    return example
 
 
 def _answers(row: Row) -> tuple[str, ...]:

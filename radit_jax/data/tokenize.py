@@ -134,9 +134,11 @@ class Tokenizer:
         offsets = encoding.offsets
         return text[: offsets[stop - 1][1]], text[offsets[start][0] :]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; special tokens leave no trace in it."""
-        return self._backend.decode([int(id) for id in ids], skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """Text of token ids; special tokens leave no trace in it unless asked for."""
+        return self._backend.decode(
+            [int(id) for id in ids], skip_special_tokens=not special
+        )
 
 
 def _trailing(mask: Sequence[int]) -> int:

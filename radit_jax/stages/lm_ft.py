@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,8 @@ from radit_jax import optim, sharding
 from radit_jax.batch import Packed
 from radit_jax.data import pipeline
 from radit_jax.data.corpus import PassageStore
+from radit_jax.data.counting import CountingBatches
+from radit_jax.data.registry import DATASETS
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.inference.score import target_log_probabilities
 from radit_jax.loop import TrainState
@@ -31,7 +32,7 @@ from radit_jax.models.huggingface import (
 )
 from radit_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
 from radit_jax.stages import hardware
-from radit_jax.stages.retrieve import read_retrieved
+from radit_jax.stages.retrieve import chosen_datasets, read_retrieved
 from radit_jax.stages.stage import (
     Stage,
     check_counts,
@@ -166,20 +167,23 @@ def sample(
 
 def prepare_data(
     config: ConfigDict, tokenizer: Tokenizer
-) -> tuple[grain.DatasetIterator, list[Packed]]:
+) -> tuple[CountingBatches, list[Packed]]:
     """Training batches without end, and the validation batches."""
     workdir = Path(config.workdir)
     passages = PassageStore(workdir / "passages")
-    mixture = settings_of(pipeline.Mixture, config.lm_ft, seed=config.seed)
+    mixture = settings_of(pipeline.Mixture, config.lm_ft, seed=config.seed, shares={})
     rows = mixture.rows // mixture.micro_batches
     sharding.check_rows(rows, f"lm_ft.rows / lm_ft.micro_batches = {rows} rows")
     splits = {name: read_retrieved(workdir, name) for name in ("train", "dev")}
-    names = list(dict.fromkeys(name for split in splits.values() for name in split))
-    roles = pipeline.context_roles(config.lm_ft.context, names)
+    used = chosen_datasets("lm_ft.datasets", config.lm_ft.datasets, splits, "L")
+    usual = {name: DATASETS[name].context for name in used if name in DATASETS}
+    roles = pipeline.context_roles(config.lm_ft.context, used, usual)
+    mixture = mixture._replace(shares=pipeline.fixed_shares(config.lm_ft.shares, used))
     datasets = {
         split: [
             pipeline.Dataset(name, examples, found.ids, roles[name])
             for name, (examples, found) in parts.items()
+            if name in used
         ]
         for split, parts in splits.items()
     }

@@ -7,27 +7,29 @@ once; everything is packed into rows of one shape, so that one program scores it
 Several processes share the pairs; each ends up with all scores.
 """
 
-import functools
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from radit_jax import sharding
-from radit_jax.batch import Example, Packed
-from radit_jax.data import pipeline, prompts
+from radit_jax.batch import Example
+from radit_jax.data import prompts
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tasks import subject
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
-from radit_jax.inference.score import target_log_probabilities
 from radit_jax.models.huggingface import check_vocabulary, load_llama
 from radit_jax.models.llama import Llama
-from radit_jax.stages.retrieve import CORPUS, SPLITS, read_retrieved, write_arrays
+from radit_jax.stages.retrieve import (
+    CORPUS,
+    SPLITS,
+    chosen_datasets,
+    read_retrieved,
+    write_arrays,
+)
+from radit_jax.stages.scoring import PromptScorer, Scored, check_rows
 from radit_jax.stages.stage import (
     Stage,
     check_counts,
@@ -55,8 +57,8 @@ def check_settings(config: ConfigDict) -> None:
         ValueError: naming the setting.
     """
     lm_score = config.lm_score
-    counts = ("passages", "row_tokens", "row_targets", "rows", "packing_bins")
-    check_counts("lm_score", lm_score, (*counts, "shard_size"))
+    check_counts("lm_score", lm_score, ("passages", "row_tokens", "shard_size"))
+    check_rows("lm_score", lm_score)
     known = (*SPLITS, CORPUS)
     unknown = [name for name in lm_score.splits if name not in known]
     if unknown or not lm_score.splits:
@@ -64,64 +66,21 @@ def check_settings(config: ConfigDict) -> None:
             f"lm_score.splits = {tuple(lm_score.splits)}: expected some of "
             f"{', '.join(known)}"
         )
-    if lm_score.limit < 0:
-        raise ValueError(f"lm_score.limit = {lm_score.limit} must be 0 (all) or more")
-    sharding.check_rows(lm_score.rows, f"lm_score.rows = {lm_score.rows}")
+    for split, limit in lm_score.limit.items():
+        if limit < 0:
+            raise ValueError(
+                f"lm_score.limit.{split} = {limit} must be 0 (all) or more"
+            )
 
 
-class Scored(NamedTuple):
-    """Log-probabilities of the answers of a list of pairs, in nats."""
-
-    token_log_p: np.ndarray  # float32, the tokens of all answers one after the other
-    tokens: np.ndarray  # int32 [pairs], of each answer
-
-    @property
-    def log_p(self) -> np.ndarray:
-        """Summed over each answer, float32 [pairs]."""
-        owners = np.repeat(np.arange(len(self.tokens)), self.tokens)
-        sums = np.bincount(owners, self.token_log_p, len(self.tokens))
-        return sums.astype(np.float32)
-
-
-class Scorer:
+class Scorer(PromptScorer):
     """Scores questions with their passages under one frozen language model."""
 
     def __init__(self, config: ConfigDict, model: Llama, tokenizer: Tokenizer):
         check_vocabulary(tokenizer, model.config)
+        super().__init__("lm_score", config.lm_score, model, compute_dtype(config))
         self.config = config.lm_score
-        self.model = model
         self.tokenizer = tokenizer
-        if self.config.row_tokens > model.config.max_length:
-            raise ValueError(
-                f"lm_score.row_tokens = {self.config.row_tokens} is more than the "
-                f"model's context of {model.config.max_length} tokens"
-            )
-        processes = jax.process_count()
-        if self.config.rows % processes:
-            raise ValueError(
-                f"lm_score.rows = {self.config.rows} does not divide over {processes} "
-                "processes"
-            )
-        self.mixture = pipeline.Mixture(
-            row_tokens=self.config.row_tokens,
-            row_targets=self.config.row_targets,
-            rows=self.config.rows // processes,
-            packing_bins=self.config.packing_bins,
-        )
-
-        # Every process needs the scores of all rows, not of its own alone.
-        @functools.partial(jax.jit, out_shardings=jax.P())
-        def log_probabilities(
-            model: Llama, batch: Packed, prefix_ids_BL: jax.Array
-        ) -> jax.Array:
-            log_BT = target_log_probabilities(
-                model, batch, prefix_ids_BL, compute_dtype(config)
-            )
-            return jax.sharding.reshard(log_BT, jax.P())
-
-        self._log_probabilities = log_probabilities
-        # Tokens of all pairs, those read, and the room of all rows; of this process.
-        self.alone = self.read = self.slots = 0
 
     def render(self, example: Example, passage: str) -> prompts.Prompt:
         """A question with its first answer, after a passage ("" for none).
@@ -130,19 +89,14 @@ class Scorer:
             ValueError: the answer tokenises to nothing or is too long; with the
                 example's id.
         """
-        markers = {}
-        if example.source >= 0:
-            markers = {"question_marker": "", "answer_marker": ""}
         try:
             prompt = prompts.render(
                 self.tokenizer,
-                example.question,
+                prompts.pieces(example),
                 self.config.row_tokens,
                 passage=passage,
-                answer=example.answers[0],
                 bos=self.config.bos,
                 eos=self.config.eos,
-                **markers,
             )
         except ValueError as error:
             raise ValueError(f"question {example.id}: {error}") from error
@@ -165,74 +119,9 @@ class Scorer:
             pairs: those with the same text read it once; let them stand together.
             advance: called with the number of pairs just scored.
         """
-        sequences = [self.render(example, text) for example, text in pairs]
-        tokens = np.array([len(s.tokens) - s.answer_start for s in sequences], np.int32)
-        starts = np.cumsum(tokens) - tokens
-        token_log_p = np.zeros(int(tokens.sum()), np.float32)
-        late: tuple[jax.Array, np.ndarray] | None = None
-        for packed in self._batches(sequences):
-            on_mesh = Packed(*map(sharding.put_rows, packed.batch))
-            prefix_ids_BL = sharding.put_rows(packed.prefix_ids_BL)
-            log_BT = self._log_probabilities(self.model, on_mesh, prefix_ids_BL)
-            # The device works on this batch while the one before is filed.
-            if late is not None:
-                advance(_file(token_log_p, starts, *late))
-            late = log_BT, packed.owners_BT
-        if late is not None:
-            advance(_file(token_log_p, starts, *late))
-        return Scored(token_log_p, tokens)
-
-    def _batches(
-        self, sequences: Sequence[prompts.Prompt]
-    ) -> Iterator[pipeline.ScoringBatch]:
-        """This process' rows of every batch; the owners are those of all rows."""
-        process, processes = jax.process_index(), jax.process_count()
-        # Neighbours share a passage, so that each process has a stretch of them.
-        bounds = np.linspace(0, len(sequences), processes + 1).astype(int)
-        start, stop = bounds[process : process + 2]
-        mine = pipeline.scoring_batches(sequences[start:stop], self.mixture)
-        if processes > 1:
-            mine = self._in_step(mine, int(start))
-        for packed in mine:
-            self.read += int((packed.batch.segment_ids_BL > 0).sum())
-            self.slots += packed.batch.tokens_BL.size
-            yield packed
-        self.alone += sum(len(s.tokens) for s in sequences[start:stop])
-
-    def _in_step(
-        self, batches: Iterator[pipeline.ScoringBatch], start: int
-    ) -> Iterator[pipeline.ScoringBatch]:
-        """As many batches on every process, with the owners of everyone's rows."""
-        while True:
-            packed = next(batches, None)
-            going = multihost_utils.process_allgather(np.array(packed is not None))
-            if not going.any():
-                return
-            if packed is None:
-                packed = pipeline.empty_batch(self.mixture)
-            owners_BT = np.where(
-                packed.owners_BT >= 0, packed.owners_BT + start, packed.owners_BT
-            )
-            everyone = multihost_utils.process_allgather(owners_BT, tiled=True)
-            yield packed._replace(owners_BT=np.asarray(everyone))
-
-
-def _file(
-    token_log_p: np.ndarray,
-    starts: np.ndarray,
-    log_BT: jax.Array,
-    owners_BT: np.ndarray,
-) -> int:
-    """Put a batch's log-probabilities in their place; of how many sequences."""
-    used = owners_BT >= 0
-    owners = owners_BT[used]
-    # A sequence stands in one row, its sites in order.
-    order = np.argsort(owners, kind="stable")
-    owners = owners[order]
-    unique, first = np.unique(owners, return_index=True)
-    within = np.arange(len(owners)) - np.repeat(first, np.diff([*first, len(owners)]))
-    token_log_p[starts[owners] + within] = np.asarray(log_BT)[used][order]
-    return len(unique)
+        return self.score(
+            [self.render(example, text) for example, text in pairs], advance
+        )
 
 
 class Pairs(NamedTuple):
@@ -263,14 +152,19 @@ class _Part(NamedTuple):
 
 
 def _parts(config: ConfigDict) -> dict[tuple[str, str], _Part]:
-    """(Split, dataset) -> a random choice of ``lm_score.limit`` of the split's.
+    """(Split, dataset) -> a random choice of the split's ``lm_score.limit``.
 
     Subjects are drawn, with all their questions: these share passages.
     """
     lm_score = config.lm_score
     found: dict[tuple[str, str], _Part] = {}
+    splits = {
+        split: read_retrieved(Path(config.workdir), split)
+        for split in ("train", *lm_score.splits)
+    }
+    used = chosen_datasets("lm_score.datasets", lm_score.datasets, splits, "R")
     for split in lm_score.splits:
-        parts = read_retrieved(Path(config.workdir), split)
+        parts = {name: part for name, part in splits[split].items() if name in used}
         subjects = [
             subject(example) or f"{name} {example.id}"
             for name, (examples, _) in parts.items()
@@ -279,7 +173,8 @@ def _parts(config: ConfigDict) -> dict[tuple[str, str], _Part]:
         _, of_example = np.unique(subjects, return_inverse=True)
         rng = np.random.default_rng(config.seed)
         drawn = rng.permutation(len(subjects))[of_example]
-        chosen = np.sort(np.argsort(drawn, kind="stable")[: lm_score.limit or None])
+        limit = lm_score.limit[split] or None
+        chosen = np.sort(np.argsort(drawn, kind="stable")[:limit])
         start = 0
         for name, (examples, retrieved) in parts.items():
             mine = (chosen >= start) & (chosen < start + len(examples))

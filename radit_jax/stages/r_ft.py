@@ -371,7 +371,7 @@ class Training:
             for split, scores in self.scores.items()
         }
         self.tokens = {
-            split: self.tokenize([example.question for example in scores.examples])
+            split: self.tokenize([e.search_text for e in scores.examples])
             for split, scores in self.scores.items()
         }
         self.corpus = Corpus(config, folder / "index-now", self.store)
@@ -436,7 +436,13 @@ class Training:
                 token_log_p = part.by_example() if loss_name == "emdr2" else None
                 found.append(
                     (
-                        Questions(tokens, part.ids, log_q_BC, token_log_p),
+                        Questions(
+                            tokens,
+                            part.ids,
+                            log_q_BC,
+                            token_log_p,
+                            [example.dataset or split for example in part.examples],
+                        ),
                         share if split == CORPUS else 1 - share,
                     )
                 )

@@ -1,8 +1,9 @@
 """Stage ``retrieve``: questions and index/ -> retrieved/, with the query encoder."""
 
+import difflib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from radit_jax import sharding
 from radit_jax.artifacts import fingerprint
 from radit_jax.batch import Example, Retrieved
 from radit_jax.data.corpus import PassageStore
-from radit_jax.data.tasks import read_examples
+from radit_jax.data.registry import DATASETS, Entry, entries, searched
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.evaluation.metrics import contains_answer
 from radit_jax.retrieval.embed import embed_queries
@@ -23,7 +24,6 @@ from radit_jax.stages.index import Encode, Tokenize, tower
 from radit_jax.stages.stage import (
     Stage,
     check_counts,
-    existing,
     field_fingerprint,
     section,
 )
@@ -32,61 +32,85 @@ from radit_jax.tracker import progress
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "dev", "test")
+# Pools of demonstrations for few-shot prompts.
+SHOTS = "shots"
 # Not questions but text that continues, from the passages themselves.
 CORPUS = "corpus"
 
 
-def paths(config: ConfigDict, split: str) -> list[Path]:
-    """The files of a split; the config separates several by commas.
+def datasets(config: ConfigDict, split: str) -> list[Entry]:
+    """Those that the config names for a split.
 
     Raises:
-        FileNotFoundError: as ``existing``.
-        ValueError: two files of a split have the same name; it names the dataset.
+        FileNotFoundError, ValueError: as ``registry.entries``.
     """
-    files = existing(config, f"data.{split}")
-    names = [file.stem for file in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(
-                f"data.{split}: two files are called {name}; the name of a file is "
-                "the name of its dataset, rename one"
-            )
-    return files
+    return entries(f"data.{split}", config.data[split], config.data.root)
+
+
+def sources(config: ConfigDict) -> dict[str, list[tuple[Entry, str]]]:
+    """Split -> datasets, and which of their published splits is read for it.
+
+    Without ``data.dev`` it is the dev split of every training dataset that has one; of
+    the others a share of train is set aside. Demonstrations come from train.
+    """
+    usual = {"train": "train", "dev": "dev", "test": "test", SHOTS: "train"}
+    found = {
+        split: [(entry, entry.split or read) for entry in datasets(config, split)]
+        for split, read in usual.items()
+    }
+    if not found["dev"]:
+        published = [entry for entry, _ in found["train"] if entry.spec is not None]
+        found["dev"] = [(entry, "dev") for entry in published if entry.has("dev")]
+    return {split: parts for split, parts in found.items() if parts}
+
+
+def data_settings(config: ConfigDict) -> dict[str, Any]:
+    """What the examples depend on: the content of every file, and the choice."""
+    files = {
+        split: {
+            entry.name: [fingerprint(file) for file in entry.files(published)]
+            for entry, published in parts
+        }
+        for split, parts in sources(config).items()
+    }
+    names = ("dev_share", "limit", "max_damaged")
+    data = {name: section(config.data)[name] for name in names}
+    return {"files": files, "data": data, "seed": config.seed}
 
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
-    """The retrieve section, the query encoder and the content of every data file."""
-    files = {
-        split: {file.stem: fingerprint(file) for file in paths(config, split)}
-        for split in SPLITS
-    }
-    return section(config.retrieve) | {
+    """The retrieve section, the query encoder and the examples."""
+    return {
+        **section(config.retrieve),
+        **data_settings(config),
         "encoder": field_fingerprint(config, "encoder"),
         "pooling": section(config.pooling),
-        "files": files,
-        "dev_share": config.data.dev_share,
-        "seed": config.seed,
         "dtype": config.dtype,
     }
 
 
 def read_splits(config: ConfigDict) -> dict[str, dict[str, list[Example]]]:
-    """Split -> dataset -> examples; dev is set aside from train if no file is given.
+    """Split -> dataset -> examples; where no dev split is given or published, a share
+    of train is set aside. Questions about the same document stay on one side.
 
-    Questions about the same document stay on one side.
+    Raises:
+        FileNotFoundError, ValueError: as ``Entry.read``; or there is nothing to
+            validate on.
     """
-    splits = {
-        split: {
-            file.stem: read_examples(file, file.stem) for file in paths(config, split)
+    data = config.data
+    splits: dict[str, dict[str, list[Example]]] = {split: {} for split in SPLITS}
+    for split, parts in sources(config).items():
+        splits[split] = {
+            entry.name: entry.read(published, data.max_damaged)
+            for entry, published in parts
         }
-        for split in SPLITS
-    }
-    if not splits["dev"]:
-        for name, examples in splits["train"].items():
+    if not data.dev:
+        for name in [name for name in splits["train"] if name not in splits["dev"]]:
+            examples = splits["train"][name]
             groups = [example.document or example.id for example in examples]
             unique = sorted(set(groups))
             rng = np.random.default_rng(config.seed)
-            size = round(config.data.dev_share * len(unique))
+            size = round(data.dev_share * len(unique))
             chosen = set(rng.permutation(unique)[:size].tolist())
             dev = [e for e, g in zip(examples, groups, strict=True) if g in chosen]
             train = [
@@ -95,12 +119,64 @@ def read_splits(config: ConfigDict) -> dict[str, dict[str, list[Example]]]:
             if dev and train:
                 splits["train"][name], splits["dev"][name] = train, dev
                 log.info("%s: %d questions set aside as dev", name, len(dev))
-        if not splits["dev"]:
+        if splits["train"] and not splits["dev"]:
             raise ValueError(
                 "data.dev is not set and the training questions are too few to set "
-                f"some aside (data.dev_share = {config.data.dev_share}); give a file"
+                f"some aside (data.dev_share = {data.dev_share}); give a file"
             )
-    return splits
+    return {
+        split: {
+            name: limited(examples, data.limit[split], config.seed)
+            for name, examples in parts.items()
+        }
+        for split, parts in splits.items()
+    }
+
+
+def chosen_datasets(
+    field: str, setting: str, splits: Mapping[str, Collection[str]], use: str
+) -> list[str]:
+    """Those of the datasets that a stage reads.
+
+    Args:
+        field: of the config, for errors.
+        setting: its value: names separated by commas; "" for all but those that RA-DIT
+            uses in the other fine-tuning alone.
+        splits: split -> names of its datasets. Those that have no training split, such
+            as a file of dev questions, are always read.
+        use: "L" or "R", see ``Spec.used``.
+
+    Raises:
+        ValueError: there is no such training dataset, or none is left.
+    """
+    wanted = [name.strip() for name in setting.split(",") if name.strip()]
+    train = splits["train"]
+    if not wanted:
+        other = {"L": "R", "R": "L"}[use]
+        wanted = [n for n in train if n not in DATASETS or DATASETS[n].used != other]
+        if not wanted:
+            raise ValueError(
+                f"{field}: {', '.join(train)}: RA-DIT uses these in the other "
+                f"fine-tuning alone; name those to read all the same"
+            )
+    for name in wanted:
+        if name not in train:
+            near = difflib.get_close_matches(name, train, 1, 0.0)
+            raise ValueError(
+                f"{field} = {setting!r}: there is no dataset {name!r} among those "
+                f"retrieved for; did you mean {near[0] if near else 'none'}? There are "
+                f"{', '.join(train)}"
+            )
+    names = dict.fromkeys(name for split in splits.values() for name in split)
+    return [n for n in names if n in wanted or n not in train]
+
+
+def limited(examples: list[Example], limit: int, seed: int) -> list[Example]:
+    """A random choice of so many, in their order; all of them if ``limit`` is 0."""
+    if not limit or len(examples) <= limit:
+        return examples
+    chosen = np.random.default_rng(seed).permutation(len(examples))[:limit]
+    return [examples[i] for i in np.sort(chosen)]
 
 
 def corpus_examples(
@@ -131,6 +207,7 @@ def corpus_examples(
                     answers=(ends[1],),
                     dataset=CORPUS,
                     document=passage.document,
+                    template="continuation",
                     source=id,
                 )
             )
@@ -171,7 +248,7 @@ class Searcher:
     def __call__(self, examples: Sequence[Example], k: int) -> Retrieved:
         """The best k passages of each example, never the one it was cut from."""
         queries_BE = embed_queries(
-            [example.question for example in examples],
+            [example.search_text for example in examples],
             self.tokenize,
             self.encode,
             batch_tokens=self.config.batch_tokens,
@@ -217,7 +294,10 @@ def search_splits(
     splits: Mapping[str, Mapping[str, list[Example]]],
     folder: Path,
 ) -> dict[str, int]:
-    """Fill ``folder/SPLIT/DATASET``, a shard that is there is kept; sizes of each."""
+    """Fill ``folder/SPLIT/DATASET``, a shard that is there is kept; sizes of each.
+
+    Datasets that are never read with retrieved passages get none.
+    """
     size = config.retrieve.shard_size
     counts = {}
     total = sum(len(e) for datasets in splits.values() for e in datasets.values())
@@ -232,12 +312,22 @@ def search_splits(
                     if file.exists():
                         bar.skip(len(part))
                     else:
-                        found = searcher(part, config.retrieve.k)
+                        found = nothing(len(part), config.retrieve.k)
+                        if searched(name):
+                            found = searcher(part, config.retrieve.k)
                         write_arrays(file, ids=found.ids, scores=found.scores)
                         bar.update(len(part))
                 rows = (json.dumps(example._asdict()) for example in examples)
                 (target / "examples.jsonl").write_text("\n".join(rows) + "\n")
     return counts
+
+
+def nothing(examples: int, k: int) -> Retrieved:
+    """No passage at all."""
+    return Retrieved(
+        np.full((examples, k), -1, np.int64),
+        np.full((examples, k), -np.inf, np.float32),
+    )
 
 
 def answer_hits(
@@ -271,12 +361,12 @@ def read_retrieved(
 
     Args:
         workdir: of the run.
-        split: one of SPLITS, or CORPUS; empty where that was not asked for.
+        split: one of SPLITS, or CORPUS or SHOTS; empty where that was not asked for.
         artifact: folder of a retriever, ``retrieved`` or below ``retrieved_r_ft``.
     """
     found: dict[str, tuple[list[Example], Retrieved]] = {}
     folder = workdir / artifact / split
-    if split == CORPUS and not folder.is_dir():
+    if split not in SPLITS and not folder.is_dir():
         return found
     for part in sorted(folder.iterdir()):
         lines = (part / "examples.jsonl").read_text().splitlines()
@@ -289,7 +379,12 @@ def read_retrieved(
 
 
 def _example(row: dict[str, Any]) -> Example:
-    return Example(**{**row, "answers": tuple(row["answers"])})
+    """JSON knows no tuples."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in row.items()
+    }
+    return Example(**values)
 
 
 STAGE = Stage(

@@ -1,7 +1,6 @@
 """What every stage is: settings that make its key, and a build that fills a folder."""
 
 import dataclasses
-import difflib
 import functools
 import json
 import logging
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from radit_jax import artifacts, sharding
 from radit_jax.artifacts import fingerprint
 from radit_jax.data.packages import cache_folder
+from radit_jax.data.registry import missing
 from radit_jax.models.gguf import convert_gguf
 
 log = logging.getLogger(__name__)
@@ -99,28 +99,17 @@ def check_counts(name: str, config: ConfigDict, fields: Sequence[str]) -> None:
             raise ValueError(f"{name}.{field} = {config[field]} must be at least 1")
 
 
-def existing(config: ConfigDict, field: str) -> list[Path]:
-    """The file or folder that a field names; ``data`` fields may name several.
-
-    Several are separated by commas.
+def existing(config: ConfigDict, field: str) -> Path:
+    """The file or folder that a field names.
 
     Raises:
-        FileNotFoundError: one of them is not there; with the field, and the nearest
-            name that is.
+        FileNotFoundError: it is not there; with the field, and the nearest name that
+            is.
     """
-    value = _value(config, field)
-    names = value.split(",") if field.startswith("data.") else [value]
-    paths = [Path(name.strip()) for name in names if name.strip()]
-    for path in paths:
-        if not path.exists():
-            folder = path.parent
-            there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-            near = difflib.get_close_matches(path.name, there, 1)
-            hint = f"; did you mean {folder / near[0]}?" if near else ""
-            raise FileNotFoundError(
-                f"--config.{field}={value}: {path}: no such file or folder{hint}"
-            )
-    return paths
+    path = Path(_value(config, field)).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"--config.{field}={path}: {missing(path)}")
+    return path
 
 
 def field_fingerprint(config: ConfigDict, field: str) -> str:
@@ -129,8 +118,7 @@ def field_fingerprint(config: ConfigDict, field: str) -> str:
     Raises:
         FileNotFoundError: as ``existing``.
     """
-    (path,) = existing(config, field)
-    return fingerprint(path)
+    return fingerprint(existing(config, field))
 
 
 def mesh(config: ConfigDict) -> jax.sharding.Mesh:

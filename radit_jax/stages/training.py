@@ -1,22 +1,31 @@
 """What both fine-tuning stages have around the training loop."""
 
 import contextlib
+import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from radit_jax import optim
 from radit_jax.checkpoint import PARAMS, Checkpoints
+from radit_jax.data.counting import CountingBatches, report
 from radit_jax.loop import Schedule, TrainState, fit
 from radit_jax.stages.stage import section, settings_of
 from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
 
+log = logging.getLogger(__name__)
+
 Model = TypeVar("Model")
+
+SEEN_FILE = "seen.json"  # what a run was made of, by dataset
 
 # Settings of training that must be at least 1.
 COUNTS = ("rows", "validation_examples", "keep", *Schedule._fields)
@@ -50,7 +59,7 @@ def train(
     seed: int,
     metric: Metric,
     make_step: Callable[[Any, Callable[[Array], Array]], Any],
-    batches: Any,
+    batches: CountingBatches,
     place: Callable[[Any], Any],
     validate: Callable[[Any], dict[str, float]],
     before_step: Callable[[int, Any], None] = lambda done, params: None,
@@ -65,7 +74,7 @@ def train(
         seed: of the run.
         metric: says which checkpoint is kept.
         make_step: from an optimizer and its learning rate to the jitted step.
-        batches: a Grain iterator or what acts as one; it is closed.
+        batches: without end; they are closed, and what they were made of is written.
         place: puts a batch on the mesh.
         validate: parameters to validation metrics.
         before_step: as of ``fit``.
@@ -120,9 +129,24 @@ def train(
                 **rates,
             )
             best = checkpoints.best
+    write_seen(folder / SEEN_FILE, batches)
     plot_curves(folder / METRICS_FILE, folder / "curves.png")
     assert best is not None
     return {"steps": int(state.step), "best_step": best}
+
+
+def write_seen(file: Path, batches: CountingBatches) -> None:
+    """What a run was made of, all processes together: as JSON, and in the log."""
+    counts = batches.counts
+    if jax.process_count() > 1:
+        # As pairs of 32 bits: jax would cut an int64 short.
+        parts = multihost_utils.process_allgather(counts.view(np.uint32))
+        counts = np.asarray(parts, np.uint32).view(np.int64).sum(axis=0)
+    seen = report(batches.names, batches.columns, counts)
+    file.write_text(json.dumps(seen, indent=2) + "\n")
+    for name, row in seen.items():
+        shown = ", ".join(f"{row[column]:,} {column}" for column in batches.columns)
+        log.info("seen of %s: %s (%.1f %%)", name, shown, 100 * row["share"])
 
 
 def load_checkpoint(
