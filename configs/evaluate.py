@@ -1,18 +1,21 @@
 """Stage ``evaluate``: passages, retrieved questions and both models -> report/.
 
-    python -m radit_jax.main --config configs/evaluate.py --config.lm=FOLDER
+    python -m radit_jax.main --config configs/evaluate.py:demo
+    python -m radit_jax.main --config configs/evaluate.py:offline
 
 Every system of the table answers every test question; the four that retrieve are the
-paper's dual ablation (Table 6). With retrieval, each of the top
-passages is read on its own and the answers are mixed by retrieval weight (RA-DIT
-section 2.4). Zero-shot prompts of Table 12, greedy decoding, SQuAD normalisation,
-95 % bootstrap intervals.
+paper's dual ablation (Table 6). With retrieval, each of the top passages is read on its
+own and the answers are mixed by retrieval weight (RA-DIT section 2.4). Prompts of Table
+12, zero-shot or few-shot, greedy decoding; options are compared, and answers judged, as
+the task wants it (Table 11); 95 % bootstrap intervals. ``:demo`` needs the demo to have
+run; ``:offline`` asks SmolLM2 questions of MMLU, NQ, TriviaQA and the commonsense tasks
+without a corpus, 200 of each (``--config.data.limit.test=0``: all).
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import lm_ft, r_ft
+from configs import lm_ft, prepare, r_ft
 from configs.base import FACTBOOK, SMALL, base
 
 
@@ -29,20 +32,35 @@ def section(config: ConfigDict, variant: str) -> None:
         "LM + gold passage",
         "LM-FT + gold passage",
     )
-    c.passages = 10  # k read in parallel
+    c.passages = 10  # k that are read
+    # How they are: "paper" decodes after each of them and sums the weighted probability
+    # of each unique answer; "rescored" scores every answer after every passage (eq. 2);
+    # "token" mixes next-token probabilities (REPLUG); "concatenated" is one prompt.
+    c.ensemble = "paper"
     # Of the softmax over passages: 1 for DRAGON+ (raw dot products, eq. 2); encoders
     # that normalise, whose scores lie within [-1, 1], need a small one of their own.
     c.score_temperature = placeholder(float)
-    c.max_new_tokens = 32
-    c.stop = ("\n",)
+    # Demonstrations before a question, with their own top passage, from data.shots.
+    c.shots = 0
+    c.prompt_tokens = (
+        2048  # of a prompt with its answer; demonstrations fill what is left
+    )
+    # 0 and (): as long as the answers of a task are, see radit_jax/evaluation/tasks.py.
+    c.max_new_tokens = 0
+    c.stop = ()
+    # Rows that options are scored in, as in lm_score.
+    c.row_targets = 1024
+    c.rows = 64
+    c.packing_bins = 256
     c.limit = 0  # questions per test file, 0 for all
     c.batch_tokens = 65536  # rows x tokens of a generation batch
     c.examples = 8  # answers shown side by side in the report
     if variant in (*FACTBOOK, "tiny"):
         c.score_temperature = 0.05
     if variant in (*SMALL, "tiny"):
-        c.max_new_tokens = 16
+        c.prompt_tokens, c.max_new_tokens = 512, 16
         c.batch_tokens = 8192
+        c.row_targets, c.rows = 256, 8
     if variant in SMALL:
         c.passages = 3
     if variant == "demo":
@@ -55,17 +73,24 @@ def section(config: ConfigDict, variant: str) -> None:
             "LM-FT + retrieval",
             "RA-DIT (LM-FT + R-FT)",
         )
+    if variant == "offline":
+        c.systems = ("LM",)
+        # The tasks' own; most prompts are short, and of a few passages of BoolQ cut.
+        c.max_new_tokens, c.prompt_tokens = 0, 1024
     if variant == "tiny":
         c.passages = 2
-        c.max_new_tokens = 6
+        c.prompt_tokens, c.max_new_tokens = 128, 6
         c.limit = 20
         c.batch_tokens = 2048
+        c.row_targets, c.packing_bins = 64, 16
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe of the stage alone; prompts begin and fit as in LM-FT."""
     config = base("evaluate", variant)
     section(config, variant)
+    if variant == "offline":
+        prepare.section(config, variant)
     lm_ft.section(config, variant)
     r_ft.section(config, variant)
     return config

@@ -7,7 +7,13 @@ import pytest
 
 from radit_jax import sharding
 from radit_jax.inference import generate as module
-from radit_jax.inference.generate import GREEDY, Sampling, generate, stop_tokens
+from radit_jax.inference.generate import (
+    GREEDY,
+    Sampling,
+    generate,
+    generate_mixed,
+    stop_tokens,
+)
 from radit_jax.models.attention import Layout
 from radit_jax.models.llama import Llama, LlamaConfig
 
@@ -312,3 +318,89 @@ def test_prompts_that_do_not_fit_are_refused(model, length):
     ):
         run(model, [[1], [1] * length])
     assert run(model, [[1] * (LONGEST - NEW)], sampling=GREEDY)
+
+
+# Several prompts that say one thing together.
+
+GROUPS = [PROMPTS[:3], PROMPTS[3:4], PROMPTS[4:6], PROMPTS[6:9]]
+WEIGHTS = [[0.5, 0.2, 0.3], [2.0], [0.9, 0.1], [0.1, 0.1, 0.8]]
+
+
+def run_mixed(model, groups=GROUPS, weights=WEIGHTS, **options):
+    options = {"max_new_tokens": NEW, "batch_tokens": 200} | options
+    return generate_mixed(model, Letters(), groups, weights, **options)
+
+
+def reference_mixed(model, prompts, weights):
+    """Mixed in float64 with numpy, one prompt at a time."""
+    said, total = [], 0.0
+    share = np.array(weights) / sum(weights)
+    for _ in range(NEW):
+        p_CV = np.exp([next_log_V(model, [*p, *said]).astype(float) for p in prompts])
+        mixed_V = share @ p_CV
+        said.append(int(mixed_V.argmax()))
+        total += float(np.log(mixed_V.max()))
+        if said[-1] == 0:
+            break
+    return said, total
+
+
+def test_probabilities_are_mixed_token_by_token(model):
+    expected = [
+        reference_mixed(model, *group) for group in zip(GROUPS, WEIGHTS, strict=True)
+    ]
+    for found, (tokens, total) in zip(run_mixed(model), expected, strict=True):
+        assert found.tokens == tokens
+        assert found.log_probability == pytest.approx(total, abs=1e-4)
+    # Otherwise the first passage alone, or a mean of logits, might do as well.
+    alone = [reference(model, group[0])[0] for group in GROUPS]
+    assert alone != [tokens for tokens, _ in expected]
+
+
+def test_one_prompt_is_plain_generation(model):
+    single = [[prompt] for prompt in PROMPTS]
+    found = run_mixed(model, single, [[3.0]] * len(single))
+    for mixed, plain in zip(found, run(model), strict=True):
+        assert mixed.tokens == plain.tokens
+        assert mixed.log_probability == pytest.approx(plain.log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("right", [0, 1, 2])
+def test_all_weight_on_one_prompt_is_that_prompt(model, right):
+    weights = [[float(i == right % len(g)) for i in range(len(g))] for g in GROUPS]
+    plain = run(model, [g[right % len(g)] for g in GROUPS])
+    for mixed, one in zip(run_mixed(model, weights=weights), plain, strict=True):
+        assert mixed.tokens == one.tokens
+        assert mixed.log_probability == pytest.approx(one.log_probability, abs=1e-4)
+
+
+def test_neither_order_nor_mates_nor_padding_change_a_mixture(model):
+    expected = run_mixed(model)
+    turned = run_mixed(
+        model,
+        [group[::-1] for group in GROUPS[::-1]],
+        [weight[::-1] for weight in WEIGHTS[::-1]],
+        batch_tokens=1,
+    )[::-1]
+    for ours, theirs in zip(turned, expected, strict=True):
+        assert ours.tokens == theirs.tokens
+        assert ours.log_probability == pytest.approx(theirs.log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_a_mixture_is_the_same_on_every_mesh(model, sizes):
+    expected = run_mixed(model)
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        for ours, theirs in zip(run_mixed(build()), expected, strict=True):
+            assert ours.tokens == theirs.tokens
+            assert ours.log_probability == pytest.approx(
+                theirs.log_probability, abs=1e-4
+            )
+
+
+@pytest.mark.parametrize("weights", [[], [0.0, 0.0], [1.0, -0.5], [1.0]])
+def test_weights_that_do_not_fit_are_refused(model, weights):
+    with pytest.raises(
+        ValueError, match=rf"question 0: {len(weights)} weights .* for 2"
+    ):
+        run_mixed(model, [PROMPTS[:2]], [weights])

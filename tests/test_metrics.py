@@ -1,4 +1,5 @@
 import inspect
+import os
 import re
 import string
 import subprocess
@@ -70,11 +71,107 @@ def test_f1_is_the_best_alias():
 
 
 def test_answers_must_be_a_filled_list():
-    for metric in (metrics.exact_match, metrics.f1, metrics.contains_answer):
+    for metric in (*metrics.METRICS.values(), metrics.contains_answer):
         with pytest.raises(ValueError, match="without gold answers"):
             metric("x", [])
         with pytest.raises(ValueError, match="expected a list"):
             metric("x", "answer")
+
+
+# EM and F1 by torchmetrics 1.9.0 (functional.text.squad), ROUGE-L by torchmetrics 1.9.0
+# (rouge_score: accumulate="best", use_stemmer=False), which tokenises and aligns by
+# itself, and by rouge-score 0.1.2 alike; accuracy, and EM and F1 again, by
+# kilt/eval_downstream.py of facebookresearch/KILT at 847377e.
+GOLDEN = [
+    # prediction, answers, EM, F1, accuracy, ROUGE-L
+    ("The Nile.", ["Nile"], 1, 1, 0, 2 / 3),
+    ("the end", ["The End", "end"], 1, 1, 0, 1),
+    ("", ["Nile"], 0, 0, 0, 0),
+    (" \n", ["Nile"], 0, 0, 0, 0),
+    ("The An", ["Nile"], 0, 0, 0, 0),
+    ("\u2018The Wall\u2019", ["The Wall"], 0, 0, 0, 1),
+    ("\u2019Twas the night", ["'Twas the night"], 0, 0.5, 0, 1),
+    ("don\u2019t know", ["don't know"], 0, 0.5, 0, 1),
+    ("1939\u20131945", ["1939-1945"], 0, 0, 0, 1),
+    ("1939\u20131945", ["1939 \u2013 1945", "1939\u20131945"], 1, 1, 1, 1),
+    ("1,234,567 people", ["1234567 people"], 1, 1, 0, 1 / 3),
+    ("1,234,567", ["1 234 567"], 0, 0, 0, 1),
+    ("3.14", ["3,14"], 1, 1, 0, 1),
+    ("mccartney", ["McCartney"], 1, 1, 0, 1),
+    ("STRASSE", ["stra\u00dfe"], 0, 0, 0, 0),
+    ("well-known", ["well known"], 0, 0, 0, 1),
+    ("the co-operative", ["cooperative"], 1, 1, 0, 0),
+    ("Caf\u00e9 M\u00fcller", ["Cafe Muller"], 0, 0, 0, 0),
+    ("Cafe\u0301", ["Caf\u00e9"], 0, 0, 0, 0),
+    ("\u5317\u4eac", ["\u5317\u4eac"], 1, 1, 1, 0),  # no letter of ROUGE's
+    ("Burma, also Myanmar", ["Myanmar", "Burma", "Burma (Myanmar)"], 0, 0.8, 0, 0.8),
+    ("Myanmar", ["Burma", "Myanmar"], 1, 1, 1, 1),
+    ("the cat the cat sat", ["cat sat on a mat", "the cat"], 0, 4 / 7, 0, 4 / 7),
+    ("sat cat", ["cat sat"], 0, 1, 0, 0.5),
+    ("runs quickly.", ["running quickly", "he ran"], 0, 0.5, 0, 0.5),  # no stems
+    ("It rains. It pours.", ["It rains and it pours."], 0, 8 / 9, 0, 8 / 9),
+    ("one\ntwo three", ["one two\nthree four"], 0, 6 / 7, 0, 6 / 7),
+    ("true", ["true"], 1, 1, 1, 1),
+    ("True.", ["true"], 1, 1, 0, 1),
+    (" Nile ", ["Nile\n"], 1, 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize(("prediction", "answers", "em", "f1", "acc", "rouge"), GOLDEN)
+def test_metrics_have_the_values_of_published_implementations(
+    prediction, answers, em, f1, acc, rouge
+):
+    found = metrics.score(("em", "f1", "accuracy", "rouge_l"), prediction, answers)
+    expected = {"em": em, "f1": f1, "accuracy": acc, "rouge_l": rouge}
+    assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "name", "kilt"),
+    [
+        # Of two texts that normalise to nothing torchmetrics' squad has EM 1 and F1 1
+        # (F1 by SQuAD v2's rule); v1.1's script and KILT's have EM 1 and F1 0.
+        ("the", "a", "em", 1),
+        ("the", "a", "f1", 0),
+        ("A", "A", "f1", 0),
+        # Who says nothing has not answered. torchmetrics has 1 for both, v1.1 for EM.
+        ("", "The", "em", 0),
+        ("", "The", "f1", 0),
+    ],
+)
+def test_where_published_implementations_differ_ours_is_kilts(
+    prediction, answer, name, kilt
+):
+    assert metrics.score([name], prediction, [answer]) == {name: kilt}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "value"),
+    [  # KILT's values, of the package rouge 1.0.1, differ:
+        ("McCartney", "mccartney", 1),  # 0, cases differ
+        ("True!", "True", 1),  # 0, punctuation is part of a word
+        ("cat cat cat", "cat", 0.5),  # 1, a word counts once
+    ],
+)
+def test_rouge_l_is_not_kilts(prediction, answer, value):
+    assert metrics.rouge_l(prediction, [answer]) == pytest.approx(value)
+
+
+def test_accuracy_takes_no_blank_answer():
+    assert metrics.accuracy(" ", ["", "x"]) == 0.0
+
+
+def test_score_keeps_the_order_of_names():
+    found = metrics.score(("f1", "em"), "Nile river", ["Nile"])
+    assert list(found.items()) == [("f1", pytest.approx(2 / 3)), ("em", 0.0)]
+    assert metrics.score((), "x", ["x"]) == {}
+
+
+def test_score_names_the_nearest_metric():
+    with pytest.raises(ValueError, match=r"'rougel' is not one of em, .* 'rouge_l'"):
+        metrics.score(["em", "rougel"], "x", ["x"])
+    with pytest.raises(ValueError, match="without gold answers"):
+        metrics.score(["em"], "x", [])
 
 
 @pytest.mark.parametrize(
@@ -257,7 +354,24 @@ def test_paired_lengths_must_agree():
 def test_importing_metrics_imports_no_jax():
     code = (
         "import sys, radit_jax.evaluation.metrics as _;"
-        "assert not {'jax', 'torch'} & set(sys.modules)"
+        "assert not {'jax', 'torch', 'nltk'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_rouge_l_needs_no_network_and_no_nltk_data(tmp_path):
+    code = (
+        "import socket\n"
+        "def refuse(*_): raise OSError('network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from radit_jax.evaluation import metrics\n"
+        "assert metrics.rouge_l('runs well', ['runs']) > 0.6\n"
+        "import sys; assert not {'jax', 'torch', 'tensorflow'} & set(sys.modules)"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "NLTK_DATA": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.iterdir())

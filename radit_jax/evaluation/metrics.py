@@ -3,17 +3,29 @@
 A metric is a value per question. The values of all questions are kept in one array
 ``values_N`` (``N`` counts questions in this file) and averaged once: an average updated
 as it goes gives neither an interval nor a paired test, and is easy to get wrong.
+
+Of the metrics of answers, EM and F1 are those of SQuAD v1.1, whose normalisation is
+that of KILT's ``eval_downstream.py`` too. KILT's accuracy normalises nothing, and
+neither does ours. Two rules are KILT's and not SQuAD's: a blank prediction is wrong
+whatever the answers, and a blank answer makes nothing right. KILT's ROUGE-L is another
+one than ours; see ``rouge_l``.
 """
 
+import difflib
+import functools
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -38,11 +50,31 @@ def normalise(text: str) -> str:
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1.0 if the normalised prediction equals any normalised answer, else 0.0.
 
+    As in KILT, who says nothing is wrong, also where an answer is nothing but an
+    article; to SQuAD's script that is a match.
+
     Raises:
         ValueError: if there are no answers.
     """
     _require_answers(answers)
+    if not prediction.strip():
+        return 0.0
     return float(normalise(prediction) in {normalise(answer) for answer in answers})
+
+
+def accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1.0 if the prediction is an answer, space around it aside, else 0.0.
+
+    That is KILT's accuracy, strict exact match: case, articles and punctuation count.
+    What is chosen among options is one of them letter by letter; what is generated has
+    to be the answer, no more ("Paris." for "Paris" is wrong).
+
+    Raises:
+        ValueError: if there are no answers.
+    """
+    _require_answers(answers)
+    said = prediction.strip()
+    return float(bool(said) and said in {answer.strip() for answer in answers})
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
@@ -62,6 +94,60 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 def _token_f1(predicted: list[str], gold: list[str]) -> float:
     common = (Counter(predicted) & Counter(gold)).total()
     return 2.0 * common / (len(predicted) + len(gold)) if common else 0.0
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """F-measure of ROUGE-L against the answer it fits best, by ``rouge-score``.
+
+    The longest common subsequence of words is that of the whole texts. Words are
+    lowercase runs of a-z and 0-9; all else, letters with accents included, parts them,
+    so that a text in another script scores 0. As in KILT, words are not stemmed.
+    KILT has its ROUGE-L from the package ``rouge``: words are what spaces part, in
+    their case and with their punctuation, sentences (between full stops) are aligned
+    one by one, and a word counts once however often it occurs. Either value can be the
+    higher.
+
+    Raises:
+        ValueError: if there are no answers.
+    """
+    _require_answers(answers)
+    return float(_rouge().score_multi(answers, prediction)["rougeL"].fmeasure)
+
+
+@functools.cache
+def _rouge() -> "RougeScorer":
+    # It imports NLTK for its stemmer, which takes longer than this package does.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+METRICS: Mapping[str, Callable[[str, Sequence[str]], float]] = MappingProxyType(
+    {"em": exact_match, "f1": f1, "accuracy": accuracy, "rouge_l": rouge_l}
+)
+
+
+def score(
+    names: Sequence[str], prediction: str, answers: Sequence[str]
+) -> dict[str, float]:
+    """The metrics of a prediction, in the order of their names.
+
+    Args:
+        names: of METRICS.
+        prediction: what the system says; "": nothing.
+        answers: what is right.
+
+    Raises:
+        ValueError: a name that is none, or there are no answers.
+    """
+    for name in names:
+        if name not in METRICS:
+            near = difflib.get_close_matches(name, METRICS, 1)
+            raise ValueError(
+                f"metric {name!r} is not one of {', '.join(METRICS)}"
+                + (f"; {near[0]!r}?" if near else "")
+            )
+    return {name: METRICS[name](prediction, answers) for name in names}
 
 
 def contains_answer(passage_text: str, answers: Sequence[str]) -> bool:

@@ -74,6 +74,14 @@ class Stops(NamedTuple):
     blank_V: Table  # tokens that say nothing but white space
 
 
+class Mixing(NamedTuple):
+    """Rows that say one thing together: a question after each of its passages."""
+
+    # Of every row's next-token distribution in that of each row.
+    weights_BB: Float[np.ndarray, "B B"] | Float[Array, "B B"]
+    leaders_B: Int[np.ndarray, " B"] | Int[Array, " B"]  # the row that decides
+
+
 class Decoding(NamedTuple):
     """State of a batch between decoding steps."""
 
@@ -151,16 +159,28 @@ def decode(
     seeds_B: Int[Array, " B"],
     chunk: int,
     sampling: Sampling,
+    mixing: Mixing | None = None,
 ) -> Decoding:
-    """Up to ``chunk`` more tokens; fewer once every row has stopped."""
+    """Up to ``chunk`` more tokens; fewer once every row has stopped.
+
+    With ``mixing`` the next token is chosen from a mixture of probabilities, and its
+    log-probability is the mixture's (REPLUG eq. 6; never a mean of logits).
+    """
     limit = jnp.minimum(state.step + chunk, state.tokens_BL.shape[1])
 
     def unfinished(state: Decoding) -> Array:
         return (state.step < limit) & ~jnp.all(state.done_B)
 
     def one(state: Decoding) -> Decoding:
-        log_BV = jax.nn.log_softmax(state.logits_BV, axis=-1)
-        chosen_B = _choose(state.logits_BV, seeds_B, state.step, sampling)
+        logits_BV = state.logits_BV
+        log_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+        if mixing is not None:
+            logits_BV = log_BV = _mixed(log_BV, mixing)
+        chosen_B = _choose(logits_BV, seeds_B, state.step, sampling)
+        if mixing is not None:
+            # One row decides, so that rounding never tears a question apart.
+            leaders_B = jnp.asarray(mixing.leaders_B)
+            chosen_B = chosen_B.at[leaders_B].get(out_sharding=sharding.ROWS_B)
         chosen_B = jnp.where(state.done_B, 0, chosen_B)
         chosen_log_B = jax.vmap(lambda log_V, id: log_V[id])(log_BV, chosen_B)
         write = jax.lax.dynamic_update_slice_in_dim
@@ -191,6 +211,19 @@ def decode(
         )
 
     return jax.lax.while_loop(unfinished, one, state)
+
+
+def _mixed(log_BV: Array, mixing: Mixing) -> Array:
+    """Log of the weighted mean of the rows' probabilities, [B, V] in float32."""
+    whole_BV = reshard(jnp.exp(log_BV), jax.P(None, None))
+    mixed_BV = jnp.einsum(
+        "BM,MV->BV",
+        jnp.asarray(mixing.weights_BB),
+        whole_BV,
+        precision="highest",
+        out_sharding=jax.P(sharding.ROWS, None),
+    )
+    return jnp.log(mixed_BV)
 
 
 def _choose(logits_BV: Array, seeds_B: Array, step: Array, sampling: Sampling) -> Array:
@@ -245,53 +278,149 @@ def generate(
         ValueError: an empty prompt, or one longer than the model's context leaves
             room for.
     """
-    longest = model.config.max_length - max_new_tokens
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= longest:
+    return _generate(
+        *(model, tokenizer, [[prompt] for prompt in prompts], None, max_new_tokens),
+        *(stop, sampling, batch_tokens, dtype, progress),
+    )
+
+
+def generate_mixed(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    weights: Sequence[Sequence[float]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
+    batch_tokens: int = 8192,
+    dtype: DTypeLike = jnp.float32,
+    progress: Callable[[int], None] | None = None,
+) -> list[Generated]:
+    """Continue several prompts of each question as one, token by token.
+
+    Every token is drawn from the weighted mean of the distributions that the model has
+    after the question's prompts (REPLUG section 3.2): probabilities are mixed, never
+    logits. Arguments as of ``generate``, except:
+
+    Args:
+        model: as of ``generate``.
+        tokenizer: as of ``generate``.
+        prompts: of each question, at least one.
+        weights: of each question's prompts; they are normalised.
+        max_new_tokens: as of ``generate``.
+        stop: as of ``generate``.
+        sampling: as of ``generate``.
+        batch_tokens: as of ``generate``; a question's prompts stay together.
+        dtype: as of ``generate``.
+        progress: called with the number of questions just finished.
+
+    Returns:
+        One result for each question; log-probabilities are the mixture's.
+
+    Raises:
+        ValueError: as ``generate``, or weights that do not fit the prompts.
+    """
+    for i, (group, given) in enumerate(zip(prompts, weights, strict=True)):
+        if not group or len(group) != len(given) or not min(given) >= 0 < sum(given):
             raise ValueError(
-                f"prompt {i} has {len(prompt)} tokens; between 1 and {longest} fit "
-                f"(context of {model.config.max_length} less {max_new_tokens} new ones)"
+                f"question {i}: {len(given)} weights {list(given)[:3]} for {len(group)}"
+                " prompts; expected one for each, none negative and not all zero"
             )
+    return _generate(
+        *(model, tokenizer, prompts, weights, max_new_tokens),
+        *(stop, sampling, batch_tokens, dtype, progress),
+    )
+
+
+def _generate(
+    model: Llama,
+    tokenizer: Tokenizer,
+    groups: Sequence[Sequence[Sequence[int]]],
+    weights: Sequence[Sequence[float]] | None,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    sampling: Sampling,
+    batch_tokens: int,
+    dtype: DTypeLike,
+    progress: Callable[[int], None] | None,
+) -> list[Generated]:
+    """One result for each group of prompts; without weights each has one."""
+    longest = model.config.max_length - max_new_tokens
+    for i, group in enumerate(groups):
+        for prompt in group:
+            if not 0 < len(prompt) <= longest:
+                raise ValueError(
+                    f"prompt {i} has {len(prompt)} tokens; between 1 and {longest} fit "
+                    f"(context of {model.config.max_length} less {max_new_tokens} new "
+                    "ones)"
+                )
     stops = stop_tokens(tokenizer, stop, model.config.vocab_size)
-    results: list[Generated | None] = [None] * len(prompts)
-    for bucket, chosen in _batches(prompts, max_new_tokens, batch_tokens, longest):
-        rows = _rows(bucket, max_new_tokens, batch_tokens)
+    results: list[Generated | None] = [None] * len(groups)
+    for bucket, chosen in _batches(groups, max_new_tokens, batch_tokens, longest):
+        most = max((len(group) for group in groups), default=1)
+        rows = _rows(bucket, max_new_tokens, batch_tokens, most)
         tokens_BL = np.zeros((rows, bucket), np.int32)
         lengths_B, seeds_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        for row, i in enumerate(chosen):
-            tokens_BL[row, : len(prompts[i])] = prompts[i]
-            lengths_B[row], seeds_B[row] = len(prompts[i]), i
+        weights_BB, leaders_B = np.eye(rows, dtype=np.float32), np.arange(rows)
+        firsts = []
+        row = 0
+        for i in chosen:
+            end = row + len(groups[i])
+            firsts.append(row)
+            for at, prompt in zip(range(row, end), groups[i], strict=True):
+                tokens_BL[at, : len(prompt)] = prompt
+                lengths_B[at], seeds_B[at] = len(prompt), i
+            if weights is not None:
+                share = np.asarray(weights[i], np.float64)
+                weights_BB[row:end, row:end] = share / share.sum()
+                leaders_B[row:end] = row
+            row = end
         put = sharding.put_rows
+        mixing = None
+        if weights is not None:
+            mixing = Mixing(put(weights_BB), put(leaders_B.astype(np.int32)))
         state = prefill(model, put(tokens_BL), put(lengths_B), max_new_tokens, dtype)
-        found = _finish(model, tokenizer, state, stops, put(seeds_B), stop, sampling)
-        for row, i in enumerate(chosen):
-            results[i] = found[row]
+        found = _finish(
+            *(model, tokenizer, state, stops, put(seeds_B), stop, sampling, mixing)
+        )
+        for i, first in zip(chosen, firsts, strict=True):
+            results[i] = found[first]
         if progress is not None:
             progress(len(chosen))
     return [result for result in results if result is not None]
 
 
-def _rows(bucket: int, max_new_tokens: int, batch_tokens: int) -> int:
-    """Rows of a batch: as many as the budget holds, a multiple of the row shards."""
+def _rows(bucket: int, max_new_tokens: int, batch_tokens: int, least: int) -> int:
+    """Rows of a batch: as many as the budget holds, a multiple of the row shards, and
+    at least ``least``."""
     shards = sharding.row_shards()
-    return max(batch_tokens // (bucket + max_new_tokens) // shards, 1) * shards
+    room = batch_tokens // (bucket + max_new_tokens) // shards * shards
+    return max(room, -(-least // shards) * shards)
 
 
 def _batches(
-    prompts: Sequence[Sequence[int]], new: int, batch_tokens: int, longest: int
+    groups: Sequence[Sequence[Sequence[int]]],
+    new: int,
+    batch_tokens: int,
+    longest: int,
 ) -> list[tuple[int, list[int]]]:
-    """(bucket, prompt numbers) of each batch, short prompts first."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    """(bucket, numbers of the groups) of each batch, short prompts first."""
+    lengths = [max(map(len, group)) for group in groups]
+    most = max((len(group) for group in groups), default=1)
     buckets = [*(b for b in BUCKETS if b < longest), longest]
     batches: list[tuple[int, list[int]]] = []
-    for i in order:
-        bucket = next(b for b in buckets if len(prompts[i]) <= b)
+    taken = 0  # rows of the last batch
+    for i in sorted(range(len(groups)), key=lambda i: lengths[i]):
+        bucket = next(b for b in buckets if lengths[i] <= b)
+        taken += len(groups[i])
         if (
             not batches
             or batches[-1][0] != bucket
-            or len(batches[-1][1]) == _rows(bucket, new, batch_tokens)
+            or taken > _rows(bucket, new, batch_tokens, most)
         ):
             batches.append((bucket, []))
+            taken = len(groups[i])
         batches[-1][1].append(i)
     return batches
 
@@ -304,11 +433,12 @@ def _finish(
     seeds_B: Array,
     stop: Sequence[str],
     sampling: Sampling,
+    mixing: Mixing | None,
 ) -> list[Generated]:
     """Decode chunk by chunk, looking for stop strings in between."""
     limit = state.tokens_BL.shape[1]
     while True:
-        state = decode(model, state, stops, seeds_B, CHUNK, sampling)
+        state = decode(model, state, stops, seeds_B, CHUNK, sampling, mixing)
         step, done = int(state.step), np.asarray(state.done_B)
         tokens_BL = np.asarray(state.tokens_BL)
         log_BL = np.asarray(state.log_probabilities_BL)

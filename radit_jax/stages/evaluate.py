@@ -1,7 +1,7 @@
 """Stage ``evaluate``: questions, passages and both language models -> report/."""
 
+import functools
 import gc
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,39 +10,51 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from radit_jax.batch import Example, Passage
-from radit_jax.data import prompts
+from radit_jax.batch import Example
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tasks import gold_passages, subject
-from radit_jax.data.tokenize import Tokenizer, load_tokenizer
+from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.evaluation import metrics
-from radit_jax.evaluation.report import (
+from radit_jax.evaluation.files import (
+    read_differences,
+    read_generations,
+    read_rows,
+    write_generations,
+)
+from radit_jax.evaluation.records import (
     Generation,
     SourcePassage,
     Values,
     answer_values,
     compare,
     measure,
-    read_differences,
-    read_rows,
-    text_report,
-    write_report,
 )
+from radit_jax.evaluation.report import write_report
+from radit_jax.evaluation.tasks import task_of
+from radit_jax.evaluation.terminal import text_report
 from radit_jax.inference.ensemble import passage_weights, vote
-from radit_jax.inference.generate import Generated, generate
 from radit_jax.models.huggingface import load_llama
 from radit_jax.models.llama import Llama
+from radit_jax.stages import prepare
+from radit_jax.stages.answering import ENSEMBLES, Answered, Asked, Reader
 from radit_jax.stages.index import score_temperature
 from radit_jax.stages.lm_ft import load_finetuned
-from radit_jax.stages.retrieve import answer_hits, read_retrieved
+from radit_jax.stages.retrieve import (
+    answer_hits,
+    data_settings,
+    read_retrieved,
+    read_splits,
+)
+from radit_jax.stages.scoring import check_rows
+from radit_jax.stages.shots import Shots
 from radit_jax.stages.stage import (
     Stage,
-    compute_dtype,
+    check_counts,
     field_fingerprint,
     lm_folder,
+    run,
     section,
 )
-from radit_jax.tracker import progress
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +108,14 @@ class Question(NamedTuple):
 
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
-    """The evaluate section, the untuned model and how prompts begin."""
+    """The evaluate section, the untuned model and how prompts begin; and the questions,
+    where these do not come from an artifact."""
+    questions = {} if "retrieved" in inputs(config) else data_settings(config)
     return section(config.evaluate) | {
+        **questions,
         "lm": field_fingerprint(config, "lm"),
         "target": config.r_ft.target,
         "bos": config.lm_ft.bos,
-        "row_tokens": config.lm_ft.row_tokens,
         "seed": config.seed,
         "dtype": config.dtype,
     }
@@ -110,7 +124,9 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
 def inputs(config: ConfigDict) -> tuple[str, ...]:
     """Artifacts that the systems of the table need."""
     systems = _systems(config).values()
-    needed = ["passages", "retrieved"]
+    needed = []
+    if any(system.background != "none" for system in systems):
+        needed += ["passages", "retrieved"]
     if any(system.finetuned for system in systems):
         needed.append("lm_ft")
     if any(system.background == "r_ft" for system in systems):
@@ -132,8 +148,9 @@ def _systems(config: ConfigDict) -> dict[str, System]:
 
 def retrievers(config: ConfigDict) -> dict[str, str]:
     """Row of the retrieval table -> where its passages are."""
-    found = {START: "retrieved"}
-    if "retrieved_r_ft" in inputs(config):
+    needed = inputs(config)
+    found = {START: "retrieved"} if "retrieved" in needed else {}
+    if "retrieved_r_ft" in needed:
         # The tuned one first, its controls after it.
         targets = sorted(
             path.name
@@ -145,9 +162,18 @@ def retrievers(config: ConfigDict) -> dict[str, str]:
     return found
 
 
-def questions(config: ConfigDict, store: PassageStore) -> list[Question]:
-    """The first ``evaluate.limit`` questions of every test file (0: all)."""
+def questions(config: ConfigDict, store: PassageStore | None) -> list[Question]:
+    """The first ``evaluate.limit`` questions of every test file (0: all).
+
+    Without a corpus they come from the files themselves.
+    """
     found = []
+    if store is None:
+        return [
+            Question(dataset, example, {}, ())
+            for dataset, examples in read_splits(config)["test"].items()
+            for example in examples[: config.evaluate.limit or None]
+        ]
     by_retriever = {
         name: read_retrieved(Path(config.workdir), "test", folder)
         for name, folder in retrievers(config).items()
@@ -170,7 +196,10 @@ def questions(config: ConfigDict, store: PassageStore) -> list[Question]:
 def retrieval_values(
     questions: Sequence[Question], store: PassageStore
 ) -> list[Values]:
-    """answer@k, and gold@k and MRR on datasets whose gold passages are known."""
+    """answer@k, and gold@k and MRR on datasets whose gold passages are known.
+
+    Datasets for which nothing was retrieved have none.
+    """
     found = []
     for dataset in dict.fromkeys(q.dataset for q in questions):
         ours = [q for q in questions if q.dataset == dataset]
@@ -179,6 +208,8 @@ def retrieval_values(
         for name in ours[0].retrieved:
             ids = [q.retrieved[name][0] for q in ours]
             depth = min(max(metrics.DEPTHS), min(map(len, ids)))
+            if not depth:
+                continue
             ids_NC = np.asarray([row[:depth] for row in ids], np.int64)
             values = metrics.retrieval_values(
                 ids_NC,
@@ -198,138 +229,102 @@ def _groups(questions: Sequence[Question]) -> np.ndarray | None:
     return np.asarray(labels) if all(labels) else None
 
 
-class Reader:
-    """Answers questions from passages with one language model.
-
-    What it has read once it remembers: a gold passage is often among the retrieved.
-    """
-
-    def __init__(
-        self, config: ConfigDict, model: Llama, tokenizer: Tokenizer, bos: bool
-    ):
-        self.config = config
-        self.model = model
-        self.tokenizer = tokenizer
-        self.bos = bos
-        self.dtype = compute_dtype(config)
-        self._known: dict[tuple[int, ...], Generated] = {}
-
-    def render(self, question: str, passage: str) -> list[int]:
-        """The prompt of a question and one passage ("" for none)."""
-        room = min(self.config.lm_ft.row_tokens, self.model.config.max_length)
-        return prompts.render(
-            self.tokenizer,
-            question,
-            room - self.config.evaluate.max_new_tokens,
-            passage=passage,
-            bos=self.bos,
-        ).tokens
-
-    def answer(
-        self,
-        name: str,
-        questions: Sequence[Question],
-        passages: Sequence[Sequence[Passage]],
-        weights: Sequence[Sequence[float]],
-    ) -> list[Generation]:
-        """One prompt per passage (one without any where the list is empty), and the
-        answer with the largest weighted probability."""
-        evaluate = self.config.evaluate
-        owner, rendered = [], []
-        for i, question in enumerate(questions):
-            for text in [p.display for p in passages[i]] or [""]:
-                owner.append(i)
-                rendered.append(tuple(self.render(question.example.question, text)))
-        new = [p for p in dict.fromkeys(rendered) if p not in self._known]
-        with progress(len(rendered), f"evaluate {name}", "prompts") as bar:
-            bar.skip(len(rendered) - len(new))
-            found = generate(
-                self.model,
-                self.tokenizer,
-                new,
-                max_new_tokens=evaluate.max_new_tokens,
-                stop=tuple(evaluate.stop),
-                batch_tokens=evaluate.batch_tokens,
-                dtype=self.dtype,
-                progress=bar.update,
+def generation(name: str, asked: Asked, answered: Answered) -> Generation:
+    """An answer with everything that led to it, as the report keeps it."""
+    example, prediction = asked.example, answered.prediction
+    task = task_of(asked.dataset, bool(example.choices))
+    # Without an ensemble of prompts one alone has read all passages.
+    apart = len(answered.said) == len(asked.passages)
+    said = answered.said if apart else [None] * len(asked.passages)
+    return Generation(
+        system=name,
+        dataset=asked.dataset,
+        question_id=example.id,
+        kind=example.kind,
+        question=example.question,
+        answers=example.answers,
+        prediction=prediction,
+        passages=tuple(
+            SourcePassage(
+                *(p.id, p.title, p.section, p.text, weight if apart else None),
+                *((one.text, one.log_probability, one.prompt) if one else ()),
             )
-        self._known |= zip(new, found, strict=True)
-        answers: list[list[Generated]] = [[] for _ in questions]
-        for i, prompt in zip(owner, rendered, strict=True):
-            answers[i].append(self._known[prompt])
-        return [
-            self._generation(name, question, list(read), list(weight) or [1.0], result)
-            for question, read, weight, result in zip(
-                questions, passages, weights, answers, strict=True
-            )
-        ]
-
-    @staticmethod
-    def _generation(
-        name: str,
-        question: Question,
-        passages: list[Passage],
-        weights: list[float],
-        results: list,
-    ) -> Generation:
-        votes = vote(
-            [result.text for result in results],
-            [result.log_probability for result in results],
-            weights,
-            metrics.normalise,
-        )
-        prediction, example = votes[0].text, question.example
-        return Generation(
-            system=name,
-            dataset=question.dataset,
-            question_id=example.id,
-            kind=example.kind,
-            question=example.question,
-            answers=example.answers,
-            prediction=prediction,
-            passages=tuple(
-                SourcePassage(p.id, p.title, p.section, p.text, w, result.text)
-                for p, w, result in zip(passages, weights, results, strict=True)
-            )
-            if passages
-            else (),
-            em=metrics.exact_match(prediction, example.answers),
-            f1=metrics.f1(prediction, example.answers),
-            group=subject(example),
-        )
+            for p, weight, one in zip(asked.passages, asked.weights, said, strict=True)
+        ),
+        metrics=metrics.score(task.metrics, prediction, example.answers),
+        group=subject(example),
+        prompt="" if apart else answered.said[0].prompt,
+        confidence=answered.confidence,
+        choices=example.choices,
+        choice_scores=tuple(answered.choice_scores),
+    )
 
 
-def read_for(
-    system: System, question: Question, config: ConfigDict, temperature: float
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Ids and weights of the passages a system reads for a question.
+def ask(
+    system: System,
+    question: Question,
+    config: ConfigDict,
+    temperature: float,
+    store: PassageStore | None,
+) -> Asked:
+    """A question with the passages that a system reads for it.
 
     Args:
         system: a row of the table.
         question: with what was retrieved for it.
         config: of the run.
         temperature: of the weights.
+        store: the corpus; None where no system reads any of it.
     """
-    if system.background == "none":
-        return (), ()
+    if system.background == "none" or store is None:
+        return Asked(question.dataset, question.example, (), ())
     if system.background == "gold":
-        return question.gold[:1], (1.0,)
+        passages = store.get(question.gold[:1])
+        return Asked(question.dataset, question.example, passages, (1.0,))
     name = START
     if system.background == "r_ft":
         name = RETRIEVERS[config.r_ft.target]
-    ids, scores = question.retrieved[name]
-    k = config.evaluate.passages
-    scores_BC = np.asarray([scores[:k]], np.float32)
-    weights = passage_weights(scores_BC, temperature)[0]
-    return ids[:k], tuple(weights.tolist())
+    every_id, every_score = question.retrieved[name]
+    ids = every_id[: config.evaluate.passages]
+    scores = every_score[: config.evaluate.passages]
+    weights: list[float] = []
+    if ids:
+        scores_BC = np.asarray([scores], np.float32)
+        weights = passage_weights(scores_BC, temperature)[0].tolist()
+    return Asked(question.dataset, question.example, store.get(ids), weights)
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Stop before anything is read if a setting makes no sense.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    evaluate = config.evaluate
+    check_rows("evaluate", evaluate)
+    check_counts("evaluate", evaluate, ("passages", "prompt_tokens", "batch_tokens"))
+    if evaluate.ensemble not in ENSEMBLES:
+        raise ValueError(
+            f"evaluate.ensemble = {evaluate.ensemble!r} is not one of "
+            f"{', '.join(ENSEMBLES)}"
+        )
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Run every system and write the report; finished systems are kept."""
+    check_settings(config)
     systems = _systems(config)
-    temperature = score_temperature(config, "evaluate.score_temperature")
-    store = PassageStore(Path(config.workdir) / "passages")
+    store, temperature = None, 1.0
+    if "retrieved" in inputs(config):
+        store = PassageStore(Path(config.workdir) / "passages")
+        temperature = score_temperature(config, "evaluate.score_temperature")
     asked = questions(config, store)
+    if not asked:
+        raise ValueError("no question to ask: set data.test")
+    by_dataset: dict[str, list[Example]] = {}
+    for question in asked:
+        by_dataset.setdefault(question.dataset, []).append(question.example)
+    shots = Shots(config, store, by_dataset)
     tokenizer = load_tokenizer(lm_folder(config))
     loaders: dict[bool, Callable[[], Llama]] = {
         False: lambda: load_llama(lm_folder(config)),
@@ -351,21 +346,23 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             if not file.exists():
                 if reader is None:
                     bos = config.lm_ft.bos if finetuned else tokenizer.add_bos
-                    reader = Reader(config, load(), tokenizer, bos)
-                reads = [read_for(system, q, config, temperature) for q in ours]
-                answered = reader.answer(
-                    name,
-                    ours,
-                    [store.get(list(ids)) for ids, _ in reads],
-                    [weights for _, weights in reads],
-                )
-                _save(file, answered)
-            done[name] = _load(file)
+                    reader = Reader(config, load(), tokenizer, bos, shots)
+                given = [
+                    ask(system, question, config, temperature, store)
+                    for question in ours
+                ]
+                answered = reader.answer(name, given)
+                found = map(functools.partial(generation, name), given, answered)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                temporary = file.with_suffix(".tmp")
+                write_generations(temporary, found)
+                temporary.rename(file)
+            done[name] = read_generations(file)
         del reader
         gc.collect()
     generations = [g for name in systems for g in done.get(name, [])]
     answers = answer_values(generations)
-    retrieval = retrieval_values(asked, store)
+    retrieval = retrieval_values(asked, store) if store else []
     seed = config.seed
     tuned = [name for name in retrievers(config) if name != START]
     differences = [
@@ -380,8 +377,25 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         differences,
         seed,
         config.evaluate.examples,
+        vote,
+        figures(config),
     )
     return {"questions": len(asked), "systems": list(done)}
+
+
+def figures(config: ConfigDict) -> dict[str, Path]:
+    """Curves of the fine-tunings that the systems come from."""
+    workdir, needed = Path(config.workdir), inputs(config)
+    found = {
+        "LM-FT": workdir / "lm_ft" / "curves.png",
+        "R-FT": workdir / "r_ft" / config.r_ft.target / "curves.png",
+    }
+    wanted = {"LM-FT": "lm_ft", "R-FT": "retrieved_r_ft"}
+    return {
+        f"Training curves of {name}": file
+        for name, file in found.items()
+        if wanted[name] in needed and file.is_file()
+    }
 
 
 def _comparable(
@@ -392,27 +406,6 @@ def _comparable(
     return bool(asked[0]) and asked[0] == asked[1]
 
 
-def _save(file: Path, generations: Sequence[Generation]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("w") as stream:
-        for generation in generations:
-            passages = [passage._asdict() for passage in generation.passages]
-            row = {**generation._asdict(), "passages": passages}
-            stream.write(json.dumps(row) + "\n")
-    temporary.rename(file)
-
-
-def _load(file: Path) -> list[Generation]:
-    found = []
-    for line in file.read_text().splitlines():
-        row = json.loads(line)
-        row["answers"] = tuple(row["answers"])
-        row["passages"] = tuple(SourcePassage(**p) for p in row["passages"])
-        found.append(Generation(**row))
-    return found
-
-
 def summary(workdir: Path, examples: int = 3) -> str:
     """A finished report as text for a terminal: tables, and a few answers."""
     report = workdir / "report"
@@ -421,11 +414,23 @@ def summary(workdir: Path, examples: int = 3) -> str:
         found
         for found in read_differences(report)
         if "R-FT" in found.second
-        and found.metric in ("em", "gold@1", "answer@1", "mrr")
+        and found.metric in ("em", "accuracy", "gold@1", "answer@1", "mrr")
     ]
     return text_report(
-        read_rows(report), _load(report / "generations.jsonl"), shown, examples
+        read_rows(report),
+        read_generations(report / "generations.jsonl"),
+        shown,
+        examples,
     )
 
 
-STAGE = Stage("report", inputs, ("lm", "encoder"), settings, build)
+def show(config: ConfigDict) -> None:
+    """Run the stage, after ``prepare`` where that makes its inputs, and print it."""
+    if "prepare" in config:
+        run("prepare", prepare.STAGE, config)
+    report = run("evaluate", STAGE, config)
+    print(summary(Path(config.workdir)))
+    print(f"\nTo look at in a browser, down to every prompt: {report / 'index.html'}")
+
+
+STAGE = Stage("report", inputs, ("lm",), settings, build)
