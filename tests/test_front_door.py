@@ -213,7 +213,7 @@ def test_an_unknown_recipe_is_met_with_the_nearest(door, recipe, nearest):
     assert "base.py" not in error
 
 
-def test_the_papers_recipe_says_what_it_needs_and_what_would_run(door, tmp_path):
+def test_the_papers_recipe_says_what_it_needs_and_what_would_run(door, tmp_path, mine):
     code, output = door("configs/radit.py", workdir=tmp_path)
     assert code == 1
     assert refused((code, output)).startswith("error: stage radit: not set: ")
@@ -224,7 +224,7 @@ def test_the_papers_recipe_says_what_it_needs_and_what_would_run(door, tmp_path)
     assert "configs/radit.py:tiny" in output
     assert list(tmp_path.iterdir()) == []
     # The data is the paper's; where it lies is the user's to say.
-    given = dict.fromkeys(fields, str(ROOT / "configs"))
+    given = {field: own(mine)[field] for field in fields}
     error = refused(door("configs/radit.py", workdir=tmp_path, **given))
     assert "dataset oasst1 is looked for below data.root, which is not set" in error
     assert list(tmp_path.iterdir()) == []

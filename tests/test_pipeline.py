@@ -9,6 +9,7 @@ import pytest
 
 from radit_jax.batch import Example, Packed, Passage
 from radit_jax.data import prompts
+from radit_jax.data.counting import report
 from radit_jax.data.pipeline import (
     Dataset,
     Mixture,
@@ -320,6 +321,26 @@ def test_dialogues_carry_loss_on_as_many_answers_as_asked_for_and_fit(every, roo
     # 6 + 3 + 6 tokens; where they do not fit, the last answer alone is learnt.
     assert carries == (" hello no rain\x02" if every and room == 15 else " rain\x02")
     np.testing.assert_array_equal(found["tokens"][found["sites"] + 1], found["targets"])
+
+
+def test_measured_shares_are_the_specified_ones():
+    """OASST1's fixed 5 %, plain text's 10 %, the rest by size with a cap."""
+    sets = [dataset("a", 10), dataset("b", 30), dataset("c", 100), dataset("talk", 50)]
+    mixture = SMALL._replace(
+        dataset_cap=40, plain_text_share=0.1, shares={"talk": 0.05}
+    )
+    batches = training_batches(sets, Corpus(), Letters(), mixture)
+    for _ in range(250):
+        next(batches)
+    batches.close()
+    found = report(batches.names, batches.columns, batches.counts)
+    n = batches.counts[:, 0].sum()
+    assert n > 2000
+    sizes = {"a": 10 / 80, "b": 30 / 80, "c": 40 / 80}
+    expected = {name: 0.85 * size for name, size in sizes.items()}
+    for name, share in {**expected, "talk": 0.05, "plain text": 0.1}.items():
+        error = 2 * (share * (1 - share) / n) ** 0.5
+        assert found[name]["share"] == pytest.approx(share, abs=error)
 
 
 def test_plain_text_is_a_passage_with_loss_on_all_of_it():

