@@ -320,6 +320,16 @@ def test_prompts_that_do_not_fit_are_refused(model, length):
     assert run(model, [[1] * (LONGEST - NEW)], sampling=GREEDY)
 
 
+def test_no_batch_but_the_last_has_empty_rows():
+    groups = [[prompt] for prompt in random_prompts(100, seed=4)]
+    batches = module._batches(groups, NEW, 400, LONGEST)
+    found = [i for _, chosen in batches for i in chosen]
+    assert sorted(found) == list(range(100))
+    for bucket, chosen in batches[:-1]:
+        assert len(chosen) == module._rows(bucket, NEW, 400, 1)
+        assert max(len(groups[i][0]) for i in chosen) <= bucket
+
+
 # Several prompts that say one thing together.
 
 GROUPS = [PROMPTS[:3], PROMPTS[3:4], PROMPTS[4:6], PROMPTS[6:9]]

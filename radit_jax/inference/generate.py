@@ -405,23 +405,23 @@ def _batches(
     batch_tokens: int,
     longest: int,
 ) -> list[tuple[int, list[int]]]:
-    """(bucket, numbers of the groups) of each batch, short prompts first."""
+    """(bucket, numbers of the groups) of each batch, long prompts first.
+
+    A batch is filled with shorter prompts before another is begun, so that none but the
+    last has empty rows.
+    """
     lengths = [max(map(len, group)) for group in groups]
     most = max((len(group) for group in groups), default=1)
     buckets = [*(b for b in BUCKETS if b < longest), longest]
     batches: list[tuple[int, list[int]]] = []
-    taken = 0  # rows of the last batch
-    for i in sorted(range(len(groups)), key=lambda i: lengths[i]):
-        bucket = next(b for b in buckets if lengths[i] <= b)
-        taken += len(groups[i])
-        if (
-            not batches
-            or batches[-1][0] != bucket
-            or taken > _rows(bucket, new, batch_tokens, most)
-        ):
+    left = 0  # empty rows of the last batch
+    for i in sorted(range(len(groups)), key=lambda i: -lengths[i]):
+        if len(groups[i]) > left:
+            bucket = next(b for b in buckets if lengths[i] <= b)
             batches.append((bucket, []))
-            taken = len(groups[i])
+            left = _rows(bucket, new, batch_tokens, most)
         batches[-1][1].append(i)
+        left -= len(groups[i])
     return batches
 
 
