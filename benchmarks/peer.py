@@ -35,9 +35,18 @@ to SDPA. Collation is inside the clock.
 
 Job `score`: the log-probability of every sequence's target, once over all sequences per
 repeat; the answer has the sums. Style `single` runs one sequence at a time and takes
-the logits of all of its positions, as the packaged peer does; style `padded` runs
-batches of sequences of like length, padded on the right, and computes logits at the
-positions before targets only. Sequences come tokenised.
+the logits of all of its positions, as the packaged peer does; style `no_repeats` does the
+same, but what is read for several sequences on end (options of one token) is read once,
+style `padded` runs batches of sequences of like
+length, padded on the right, and computes logits at the positions before targets only.
+Sequences come tokenised.
+
+Job `generate`: greedy `transformers` generation from every prompt once per repeat, in
+batches of like length, padded on the left; the answer has each prompt's tokens up to
+its stop and the sum of their log-probabilities. Which tokens stop is said in the file:
+those of `first` before anything but tokens of `blank` was said, those of `later` after
+that. It also has by how many nats the likeliest token led the second at every step,
+found outside the clock. Prompts come tokenised.
 
 Job `encoder`: one pass of sentence-transformers over all texts per repeat, tokenisation
 included, mean pooling and L2 norm.
@@ -94,6 +103,16 @@ SETTINGS = {
         "style": "single",  # or "padded"
         "batch_tokens": 4096,  # padded: tokens per batch, padding included
         "keep_memory": None,  # as below; None: in style padded only
+        "threads": 0,
+    },
+    "generate": {
+        "model": REQUIRED,  # folder: config.json, model.safetensors
+        # JSON file: {"prompts": [[17, ...], ...], "eos": 0,
+        #             "stops": {"first": [0], "later": [0], "blank": [5]}}
+        "prompts": REQUIRED,
+        "max_new_tokens": 16,
+        "batch_tokens": 8192,  # rows x (tokens of the longest prompt + new ones)
+        "keep_memory": True,  # as below
         "threads": 0,
     },
     "encoder": {
@@ -169,7 +188,8 @@ def read_settings(message: dict | None) -> tuple[str, dict]:
     settings = {**SETTINGS[job], **given}
     if missing := [name for name, value in settings.items() if value is REQUIRED]:
         raise ValueError(f"{job}: missing settings {', '.join(missing)}")
-    for name in ("model", "instances", "sequences", "texts", "examples"):
+    files = ("model", "instances", "sequences", "prompts", "texts", "examples")
+    for name in files:
         if name in settings and not Path(settings[name]).exists():
             raise ValueError(f"{name}: nothing at {settings[name]}")
     styles = STYLES.get(job, {})
@@ -490,6 +510,21 @@ def score_singly(model, sequences: list[dict], settings: dict) -> list[float]:
     return sums
 
 
+def score_without_repeats(model, sequences: list[dict], settings: dict) -> list[float]:
+    """Style `no_repeats`."""
+    sums = []
+    before = None
+    for sequence in sequences:
+        tokens, start = torch.tensor(sequence["tokens"]), sequence["start"]
+        read = sequence["tokens"][:-1]
+        if read != before:
+            logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0]
+            before = read
+        log = logits[start - 1 :].log_softmax(-1)
+        sums.append(float(log.gather(1, tokens[start:, None]).sum()))
+    return sums
+
+
 def score_padded(model, sequences: list[dict], settings: dict) -> list[float]:
     """Style `padded`."""
     sums = [0.0] * len(sequences)
@@ -512,6 +547,94 @@ def score_padded(model, sequences: list[dict], settings: dict) -> list[float]:
             target = torch.tensor(sequence["tokens"][start:])
             sums[i] = float(log.gather(1, target[:, None]).sum())
     return sums
+
+
+class AtStop(transformers.StoppingCriteria):
+    """Ends a row at a stop token; white space before an answer is no part of it."""
+
+    def __init__(self, stops: dict[str, list[int]], vocabulary: int, start: int):
+        self.first, self.later, self.blank = (
+            torch.zeros(vocabulary, dtype=torch.bool).index_fill(
+                0, torch.tensor(stops[name], dtype=torch.long), True
+            )
+            for name in ("first", "later", "blank")
+        )
+        self.start = start  # of what is generated
+
+    def __call__(self, input_ids, scores, **_):
+        """Which rows end with their last token."""
+        begun = ~self.blank[input_ids[:, self.start : -1]].all(-1)
+        last = input_ids[:, -1]
+        return torch.where(begun, self.later[last], self.first[last])
+
+
+def generate(channel: Channel, settings: dict, facts: dict):
+    """Continues all prompts once per request."""
+    given = json.loads(Path(settings["prompts"]).read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        settings["model"], dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    channel.send(ready=True, **facts, prompts=len(given["prompts"]))
+    while True:
+        channel.wait_for_go()
+        with torch.inference_mode():
+            channel.send(**generate_all(model, given, settings))
+
+
+def generate_all(model, given: dict, settings: dict) -> dict:
+    """One pass over all prompts, the longest first."""
+    prompts, eos, new = given["prompts"], given["eos"], settings["max_new_tokens"]
+    config = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=new,
+        eos_token_id=eos,
+        pad_token_id=eos,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    found: dict[str, list] = {
+        name: [None] * len(prompts) for name in ("tokens", "sums", "margins")
+    }
+    seconds = 0.0
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    while order:
+        started = time.perf_counter()
+        longest = len(prompts[order[0]])
+        size = max(settings["batch_tokens"] // (longest + new), 1)
+        chosen, order = order[:size], order[size:]
+        short = [longest - len(prompts[i]) for i in chosen]
+        padded = zip(chosen, short, strict=True)
+        stop = AtStop(given["stops"], model.config.vocab_size, longest)
+        result = model.generate(
+            input_ids=torch.tensor([[eos] * n + prompts[i] for i, n in padded]),
+            attention_mask=torch.tensor([[0] * n + [1] * (longest - n) for n in short]),
+            generation_config=config,
+            stopping_criteria=[stop],
+        )
+        said = result.sequences[:, longest:]
+        log = torch.stack(
+            [
+                logits.gather(1, said[:, [step]])[:, 0] - logits.logsumexp(-1)
+                for step, logits in enumerate(result.logits)
+            ],
+            dim=1,
+        )
+        ends = [
+            stop(result.sequences[:, : longest + n], None)
+            for n in range(1, said.shape[1] + 1)
+        ]
+        # Rows that never stop are as long as what was generated.
+        ended = torch.stack([*ends[:-1], torch.ones_like(ends[-1])], dim=1)
+        lengths = (ended.int().argmax(1) + 1).tolist()
+        for row, (i, length) in enumerate(zip(chosen, lengths, strict=True)):
+            found["tokens"][i] = said[row, :length].tolist()
+            found["sums"][i] = float(log[row, :length].sum())
+        seconds += time.perf_counter() - started
+        best = torch.stack([logits.topk(2).values for logits in result.logits], dim=1)
+        margins = best[..., 0] - best[..., 1]
+        for row, (i, length) in enumerate(zip(chosen, lengths, strict=True)):
+            found["margins"][i] = margins[row, :length].tolist()
+    return {"seconds": seconds, "count": len(prompts), **found}
 
 
 def sentence_encoder(settings: dict):
@@ -710,11 +833,21 @@ def retriever_with_care(
 
 STYLES = {
     "lm_ft": {"trainer": train_with_trainer, "careful": train_with_care},
-    "score": {"single": score_singly, "padded": score_padded},
+    "score": {
+        "single": score_singly,
+        "no_repeats": score_without_repeats,
+        "padded": score_padded,
+    },
     "r_ft": {"trainer": retriever_with_trainer, "frozen": retriever_with_care},
 }
 KEEPING = ("careful", "padded", "frozen")  # the styles that keep memory
-JOBS = {"lm_ft": lm_ft, "score": score, "encoder": encoder, "r_ft": r_ft}
+JOBS = {
+    "lm_ft": lm_ft,
+    "score": score,
+    "generate": generate,
+    "encoder": encoder,
+    "r_ft": r_ft,
+}
 
 
 def main() -> int:
