@@ -35,11 +35,10 @@ to SDPA. Collation is inside the clock.
 
 Job `score`: the log-probability of every sequence's target, once over all sequences per
 repeat; the answer has the sums. Style `single` runs one sequence at a time and takes
-the logits of all of its positions, as the packaged peer does; style `no_repeats` does the
-same, but what is read for several sequences on end (options of one token) is read once,
-style `padded` runs batches of sequences of like
-length, padded on the right, and computes logits at the positions before targets only.
-Sequences come tokenised.
+the logits of all of its positions, as the packaged peer does; `no_repeats` does the
+same, but reads once what is read for several sequences on end (options of one token);
+`padded` runs batches of sequences of like length, padded on the right, and computes
+logits at the positions before targets only. Sequences come tokenised.
 
 Job `generate`: greedy `transformers` generation from every prompt once per repeat, in
 batches of like length, padded on the left; the answer has each prompt's tokens up to

@@ -75,7 +75,7 @@ def section(config: ConfigDict, variant: str) -> None:
         )
     if variant == "offline":
         c.systems = ("LM",)
-        # The tasks' own lengths. Few rows: a set may be small, and the last batch is full.
+        # The tasks' own lengths; few rows, because a batch of a small set is full too.
         c.max_new_tokens, c.prompt_tokens, c.rows = 0, 1024, 4
     if variant == "tiny":
         c.passages = 2
