@@ -296,7 +296,8 @@ class Reader:
         return [
             Answered(
                 result.text,
-                float(np.exp(_score(of, result))),
+                # Rounding may leave a certain token a little above 1.
+                min(float(np.exp(_score(of, result))), 1.0),
                 [Said(self._shown(prompt)) for prompt in ps],
             )
             for result, ps in zip(found, rendered, strict=True)
