@@ -1,10 +1,13 @@
 """Ensembles and choices against references that read one prompt at a time."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from radit_jax.batch import Example, Passage
 from radit_jax.data import prompts
@@ -32,9 +35,27 @@ PICK = Example(
 )
 
 
+@pytest.fixture(scope="module")
+def lm(retrieved, tmp_path_factory):
+    """A random model that says something else after every prompt.
+
+    As it was made it repeats the last token, whatever it reads.
+    """
+    folder = tmp_path_factory.mktemp("lm") / "lm"
+    shutil.copytree(retrieved / "inputs" / "lm", folder)
+    file = folder / "model.safetensors"
+    weights = {
+        name: value * 12 if "layers" in name and value.ndim == 2 else value
+        for name, value in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture
-def config(retrieved, tiny_config):
+def config(retrieved, lm, tiny_config):
     config = tiny_config(retrieved)
+    config.lm = str(lm)
     config.evaluate.max_new_tokens = NEW
     config.evaluate.prompt_tokens = 128
     return config
@@ -79,6 +100,13 @@ def plain(reader, example, passage):
         stop=("\n",),
     )
     return found
+
+
+def test_passages_lead_to_different_answers(reader):
+    """Otherwise the tests below could not fail."""
+    ours = reader()
+    said = [{plain(ours, q, p).text for p in PASSAGES} for q in QUESTIONS]
+    assert all(len(texts) == 3 for texts in said)
 
 
 @pytest.mark.parametrize("ensemble", ["paper", "token", "concatenated"])
@@ -135,7 +163,7 @@ def test_the_paper_s_ensemble_sums_the_weight_of_each_unique_answer(reader):
     for answered, question in zip(
         ours.answer("x", [asked(q) for q in QUESTIONS]), QUESTIONS, strict=True
     ):
-        totals = {}
+        totals: dict[str, float] = {}
         for passage, weight in zip(PASSAGES, WEIGHTS, strict=True):
             found = plain(ours, question, passage)
             name = normalise(found.text)
