@@ -92,7 +92,6 @@ def base(stage: str, variant: str) -> ConfigDict:
         c.lm = c.get_ref("workdir") + "/inputs/lm"
         c.data.root = c.get_ref("workdir") + "/inputs/sets"
         c.data.test = ", ".join(OFFLINE_DATASETS)
-        c.data.limit.test = 200 if stage == "evaluate" else 0
     if variant == "":
         c.mesh.fsdp = -1
         c.data.train = ", ".join(TRAIN_DATASETS)

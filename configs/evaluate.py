@@ -91,6 +91,7 @@ def get_config(variant: str = "") -> ConfigDict:
     section(config, variant)
     if variant == "offline":
         prepare.section(config, variant)
+        config.data.limit.test = 200
     lm_ft.section(config, variant)
     r_ft.section(config, variant)
     return config

@@ -323,11 +323,12 @@ def test_prompts_that_do_not_fit_are_refused(model, length):
 def test_no_batch_but_the_last_has_empty_rows():
     groups = [[prompt] for prompt in random_prompts(100, seed=4)]
     batches = module._batches(groups, NEW, 400, LONGEST)
-    found = [i for _, chosen in batches for i in chosen]
+    found = [i for batch in batches for i in batch.groups]
     assert sorted(found) == list(range(100))
-    for bucket, chosen in batches[:-1]:
-        assert len(chosen) == module._rows(bucket, NEW, 400, 1)
-        assert max(len(groups[i][0]) for i in chosen) <= bucket
+    for batch in batches[:-1]:
+        assert len(batch.groups) == batch.rows
+        assert batch.rows == module._rows(batch.bucket, NEW, 400, 1)
+        assert max(len(groups[i][0]) for i in batch.groups) <= batch.bucket
 
 
 # Several prompts that say one thing together.

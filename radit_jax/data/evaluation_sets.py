@@ -15,6 +15,7 @@ from radit_jax.batch import Example
 from radit_jax.data.jsonl import Row
 from radit_jax.data.prompts import BLANK, question_with_choices
 from radit_jax.data.spec import Spec
+from radit_jax.data.tasks import distinct
 
 # What stands in the place of an answer that is left to a leaderboard.
 _HIDDEN = (None, "", -1, "-1", "<unk>")
@@ -53,7 +54,7 @@ def _id(row: Row) -> str:
 
 def _answers(row: Row, found: Iterable[str]) -> tuple[str, ...]:
     """Those that are not blank, each once, in order."""
-    kept = tuple(dict.fromkeys(filter(None, (answer.strip() for answer in found))))
+    kept = distinct(found)
     if not kept:
         raise row.error("no answer that is not blank")
     return kept

@@ -17,6 +17,7 @@ from radit_jax.batch import Example
 from radit_jax.data import prompts
 from radit_jax.data.jsonl import Row
 from radit_jax.data.spec import Spec
+from radit_jax.data.tasks import distinct
 
 UNANSWERABLE = "I don't know"  # of SQuAD v2, as RA-DIT has it
 SUMMARIZE = "Summarize this article:"  # RA-DIT Table 10
@@ -49,7 +50,7 @@ def _id(row: Row, dataset: str) -> str:
 
 def _distinct(row: Row, name: str, texts: Iterable[str]) -> tuple[str, ...]:
     """Texts once each, in their order and without blank ones; none is an error."""
-    found = tuple(dict.fromkeys(filter(None, (text.strip() for text in texts))))
+    found = distinct(texts)
     if not found:
         raise row.error(f'field "{name}" holds no text')
     return found

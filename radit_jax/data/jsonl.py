@@ -381,9 +381,16 @@ def why_missing(path: Path) -> str:
         return "is a folder, expected a file"
     if not path.parent.is_dir():
         return f"no such file, and no folder {path.parent} either"
-    names = (entry.name for entry in path.parent.iterdir())
+    near = nearest(path)
+    return f"no such file; did you mean {near.name}?" if near else "no such file"
+
+
+def nearest(path: Path) -> Path | None:
+    """What there is of the most similar name, in the place of a path that is not."""
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
-    return f"no such file; did you mean {near[0]}?" if near else "no such file"
+    return folder / near[0] if near else None
 
 
 def _parse(path: Path, line: int, raw: bytes) -> Row:

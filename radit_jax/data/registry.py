@@ -8,9 +8,9 @@ from typing import NamedTuple
 from radit_jax.batch import Example
 from radit_jax.data import evaluation_sets, instruction, layouts, sources
 from radit_jax.data.damage import Damage
-from radit_jax.data.jsonl import RecordError, Row
+from radit_jax.data.jsonl import Row, nearest
 from radit_jax.data.spec import Spec
-from radit_jax.data.tasks import MAX_DAMAGED, read_examples
+from radit_jax.data.tasks import MAX_DAMAGED, collect, read_examples
 
 DATASETS: Mapping[str, Spec] = {
     spec.name: spec for spec in (*instruction.SPECS, *evaluation_sets.SPECS)
@@ -76,7 +76,10 @@ class Entry(NamedTuple):
             rows = sources.read_source(
                 self.path, published, self.spec.config, damage.lost
             )
-            examples = list(_examples(rows, self.spec, damage))
+            rows = _checked(rows, self.spec)
+            if self.spec.gather:
+                rows = self.spec.gather(rows)
+            examples = list(collect(rows, self.spec.read, damage))
             damage.finish()
         except ValueError as error:
             raise ValueError(f"dataset {self.name}: {error}") from error
@@ -86,28 +89,6 @@ class Entry(NamedTuple):
                 f"{self.path}"
             )
         return examples
-
-
-def _examples(rows: Iterator[Row], spec: Spec, damage: "Damage") -> Iterator[Example]:
-    """Of every record; what is damaged is noted."""
-    first_place: dict[str, str] = {}
-    for row in (
-        spec.gather(_checked(rows, spec)) if spec.gather else _checked(rows, spec)
-    ):
-        damage.records += 1
-        try:
-            found = spec.read(row)
-            for example in found:
-                if example.id in first_place:
-                    raise row.error(
-                        f'id "{example.id}" has occurred before, in '
-                        f"{first_place[example.id]}"
-                    )
-        except RecordError as error:
-            damage.note(error)
-            continue
-        first_place |= dict.fromkeys((example.id for example in found), row.place)
-        yield from found
 
 
 def _checked(rows: Iterator[Row], spec: Spec) -> Iterator[Row]:
@@ -185,10 +166,8 @@ def _unknown(name: str) -> str:
 
 def missing(path: Path) -> str:
     """What to say of a file or folder that is not there: the nearest name that is."""
-    folder = path.parent
-    there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, there, 1)
-    hint = f"; did you mean {folder / near[0]}?" if near else ""
+    near = nearest(path)
+    hint = f"; did you mean {near}?" if near else ""
     return f"{path}: no such file or folder{hint}"
 
 

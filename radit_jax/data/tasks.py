@@ -3,6 +3,7 @@
 import re
 import string
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from radit_jax.batch import Example
@@ -40,24 +41,58 @@ def read_examples(
         ValueError: A row is malformed, an id occurs twice, or a field looks mistyped.
     """
     damage = Damage(MAX_DAMAGED, max_damaged)
-    examples = []
-    first_line: dict[str, int] = {}
-    for row in read_rows(path, damage.lost):
+    rows = read_rows(path, damage.lost)
+    examples = list(
+        collect(
+            rows,
+            lambda row: [_example(row, dataset)],
+            damage,
+            # There is one file only.
+            where=lambda row: f"on line {row.line}",
+        )
+    )
+    damage.finish()
+    return examples
+
+
+def collect(
+    rows: Iterable[Row],
+    read: Callable[[Row], Sequence[Example]],
+    damage: Damage,
+    where: Callable[[Row], str] = lambda row: f"in {row.place}",
+) -> Iterator[Example]:
+    """The examples of records; what is damaged is counted and left out.
+
+    Args:
+        rows: the records.
+        read: a record to its examples.
+        damage: counts; an id that occurs twice is damage too.
+        where: says of a record where it is, in the error about such an id.
+
+    Raises:
+        ValueError: as ``Damage.note``.
+    """
+    places: dict[str, str] = {}
+    for row in rows:
         damage.records += 1
         try:
-            example = _example(row, dataset)
-            if example.id in first_line:
-                raise row.error(
-                    f'id "{example.id}" has occurred before, on line'
-                    f" {first_line[example.id]}; every example needs its own"
-                )
+            found = read(row)
+            for example in found:
+                if example.id in places:
+                    raise row.error(
+                        f'id "{example.id}" has occurred before, '
+                        f"{places[example.id]}; every example needs its own"
+                    )
         except RecordError as error:
             damage.note(error)
             continue
-        first_line[example.id] = row.line
-        examples.append(example)
-    damage.finish()
-    return examples
+        places |= dict.fromkeys((example.id for example in found), where(row))
+        yield from found
+
+
+def distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    """Each text once, in order, without white space around it; no blank ones."""
+    return tuple(dict.fromkeys(filter(None, (text.strip() for text in texts))))
 
 
 def _example(row: Row, dataset: str) -> Example:

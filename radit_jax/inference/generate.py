@@ -279,8 +279,16 @@ def generate(
             room for.
     """
     return _generate(
-        *(model, tokenizer, [[prompt] for prompt in prompts], None, max_new_tokens),
-        *(stop, sampling, batch_tokens, dtype, progress),
+        model,
+        tokenizer,
+        [[prompt] for prompt in prompts],
+        None,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        sampling=sampling,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        progress=progress,
     )
 
 
@@ -328,8 +336,16 @@ def generate_mixed(
                 " prompts; expected one for each, none negative and not all zero"
             )
     return _generate(
-        *(model, tokenizer, prompts, weights, max_new_tokens),
-        *(stop, sampling, batch_tokens, dtype, progress),
+        model,
+        tokenizer,
+        prompts,
+        weights,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        sampling=sampling,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        progress=progress,
     )
 
 
@@ -338,6 +354,7 @@ def _generate(
     tokenizer: Tokenizer,
     groups: Sequence[Sequence[Sequence[int]]],
     weights: Sequence[Sequence[float]] | None,
+    *,
     max_new_tokens: int,
     stop: Sequence[str],
     sampling: Sampling,
@@ -357,38 +374,54 @@ def _generate(
                 )
     stops = stop_tokens(tokenizer, stop, model.config.vocab_size)
     results: list[Generated | None] = [None] * len(groups)
-    for bucket, chosen in _batches(groups, max_new_tokens, batch_tokens, longest):
-        most = max((len(group) for group in groups), default=1)
-        rows = _rows(bucket, max_new_tokens, batch_tokens, most)
-        tokens_BL = np.zeros((rows, bucket), np.int32)
-        lengths_B, seeds_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        weights_BB, leaders_B = np.eye(rows, dtype=np.float32), np.arange(rows)
-        firsts = []
+    put = sharding.put_rows
+    for batch in _batches(groups, max_new_tokens, batch_tokens, longest):
+        tokens_BL = np.zeros((batch.rows, batch.bucket), np.int32)
+        lengths_B, seeds_B = np.zeros((2, batch.rows), np.int32)
+        firsts = []  # row of each group's first prompt
         row = 0
-        for i in chosen:
-            end = row + len(groups[i])
+        for i in batch.groups:
             firsts.append(row)
-            for at, prompt in zip(range(row, end), groups[i], strict=True):
-                tokens_BL[at, : len(prompt)] = prompt
-                lengths_B[at], seeds_B[at] = len(prompt), i
-            if weights is not None:
-                share = np.asarray(weights[i], np.float64)
-                weights_BB[row:end, row:end] = share / share.sum()
-                leaders_B[row:end] = row
-            row = end
-        put = sharding.put_rows
+            for prompt in groups[i]:
+                tokens_BL[row, : len(prompt)] = prompt
+                lengths_B[row], seeds_B[row] = len(prompt), i
+                row += 1
         mixing = None
         if weights is not None:
-            mixing = Mixing(put(weights_BB), put(leaders_B.astype(np.int32)))
+            mixing = _mixing([weights[i] for i in batch.groups], batch.rows)
         state = prefill(model, put(tokens_BL), put(lengths_B), max_new_tokens, dtype)
         found = _finish(
-            *(model, tokenizer, state, stops, put(seeds_B), stop, sampling, mixing)
+            model, tokenizer, state, stops, put(seeds_B), stop, sampling, mixing
         )
-        for i, first in zip(chosen, firsts, strict=True):
+        for i, first in zip(batch.groups, firsts, strict=True):
             results[i] = found[first]
         if progress is not None:
-            progress(len(chosen))
+            progress(len(batch.groups))
     return [result for result in results if result is not None]
+
+
+def _mixing(weights: Sequence[Sequence[float]], rows: int) -> Mixing:
+    """Of groups of rows that follow each other; rows beyond them stand alone."""
+    weights_BB, leaders_B = (
+        np.eye(rows, dtype=np.float32),
+        np.arange(rows, dtype=np.int32),
+    )
+    start = 0
+    for group in weights:
+        end = start + len(group)
+        share = np.asarray(group, np.float64)
+        weights_BB[start:end, start:end] = share / share.sum()
+        leaders_B[start:end] = start
+        start = end
+    return Mixing(sharding.put_rows(weights_BB), sharding.put_rows(leaders_B))
+
+
+class _Batch(NamedTuple):
+    """Groups of prompts that are continued together."""
+
+    bucket: int  # tokens of a row
+    rows: int
+    groups: list[int]  # their numbers
 
 
 def _rows(bucket: int, max_new_tokens: int, batch_tokens: int, least: int) -> int:
@@ -404,8 +437,8 @@ def _batches(
     new: int,
     batch_tokens: int,
     longest: int,
-) -> list[tuple[int, list[int]]]:
-    """(bucket, numbers of the groups) of each batch, long prompts first.
+) -> list[_Batch]:
+    """Batches, long prompts first.
 
     A batch is filled with shorter prompts before another is begun, so that none but the
     last has empty rows.
@@ -413,14 +446,14 @@ def _batches(
     lengths = [max(map(len, group)) for group in groups]
     most = max((len(group) for group in groups), default=1)
     buckets = [*(b for b in BUCKETS if b < longest), longest]
-    batches: list[tuple[int, list[int]]] = []
+    batches: list[_Batch] = []
     left = 0  # empty rows of the last batch
     for i in sorted(range(len(groups)), key=lambda i: -lengths[i]):
         if len(groups[i]) > left:
             bucket = next(b for b in buckets if lengths[i] <= b)
-            batches.append((bucket, []))
             left = _rows(bucket, new, batch_tokens, most)
-        batches[-1][1].append(i)
+            batches.append(_Batch(bucket, left, []))
+        batches[-1].groups.append(i)
         left -= len(groups[i])
     return batches
 

@@ -109,6 +109,7 @@ class Reader:
         self.shots = shots
         self.dtype = compute_dtype(config)
         self._known: dict[tuple[tuple[int, ...], Task], Generated] = {}
+        self._sizes: dict[str, int] = {}
         self._scoring: PromptScorer | None = None
 
     def _limit(self, new: int = 0) -> int:
@@ -120,11 +121,17 @@ class Reader:
         """The nearest demonstrations that fit; they stand last."""
         first = len(shots)
         while first:
-            room -= len(self.tokenizer.encode(shots[first - 1]))
+            room -= self._size(shots[first - 1])
             if room < 0:
                 break
             first -= 1
         return "".join(shots[first:])
+
+    def _size(self, shot: str) -> int:
+        """Tokens of a demonstration, which many prompts share."""
+        if shot not in self._sizes:
+            self._sizes[shot] = len(self.tokenizer.encode(shot))
+        return self._sizes[shot]
 
     def render(
         self, example: Example, passage: str, limit: int, shots: Sequence[str] = ()
@@ -372,8 +379,10 @@ class Reader:
     ) -> list["Scores"]:
         """Scores of each question's options, after each of its passages."""
         sequences: list[prompts.Prompt] = []
+        characters = []
         for a, options in asked:
             pieces = [prompts.pieces(option) for option in options]
+            characters.append(np.array([len(p[-1].text.strip()) for p in pieces]))
             shots = self.shots(a.example, a.dataset, bool(a.passages))
             for text in [passage.display for passage in a.passages] or [""]:
                 sequences += self.render_options(pieces, text, self._limit(), shots)
@@ -382,7 +391,7 @@ class Reader:
                 sequences += self.render_options(bare, "", self._limit())
         scored = self._scorer().score(sequences, advance)
         log_p, found, start = scored.log_p, [], 0
-        for a, options in asked:
+        for (a, options), characters_O in zip(asked, characters, strict=True):
             size = len(options)
             rows = max(len(a.passages), 1) + (of.score == "nll_compl")
             log_p_CO = log_p[start : start + rows * size].reshape(rows, size)
@@ -390,11 +399,10 @@ class Reader:
             unconditional_O = None
             if of.score == "nll_compl":
                 log_p_CO, unconditional_O = log_p_CO[:-1], log_p_CO[-1]
-            texts = [prompts.pieces(option)[-1].text.strip() for option in options]
             found.append(
                 Scores(
                     log_p_CO,
-                    np.array([len(text) for text in texts]),
+                    characters_O,
                     scored.tokens[start : start + size],
                     unconditional_O,
                     [sequences[i].tokens[: sequences[i].answer_start] for i in at][

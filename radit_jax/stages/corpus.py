@@ -91,4 +91,13 @@ def _beam() -> ModuleType:
     return beam
 
 
-STAGE = Stage("passages", (), ("corpus.documents",), settings, build)
+def check(config: ConfigDict) -> None:
+    """Whether the documents are there.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``find_files``.
+    """
+    find_files(config.corpus.documents)
+
+
+STAGE = Stage("passages", (), ("corpus.documents",), settings, build, check)

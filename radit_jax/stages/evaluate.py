@@ -310,14 +310,25 @@ def check_settings(config: ConfigDict) -> None:
         )
 
 
+def weights_temperature(config: ConfigDict) -> float:
+    """Of the weights of passages; 1 where no system reads any.
+
+    Raises:
+        ValueError: as ``score_temperature``.
+    """
+    if "retrieved" not in inputs(config):
+        return 1.0
+    return score_temperature(config, "evaluate.score_temperature")
+
+
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Run every system and write the report; finished systems are kept."""
     check_settings(config)
     systems = _systems(config)
-    store, temperature = None, 1.0
+    store = None
     if "retrieved" in inputs(config):
         store = PassageStore(Path(config.workdir) / "passages")
-        temperature = score_temperature(config, "evaluate.score_temperature")
+    temperature = weights_temperature(config)
     asked = questions(config, store)
     if not asked:
         raise ValueError("no question to ask: set data.test")
@@ -433,4 +444,4 @@ def show(config: ConfigDict) -> None:
     print(f"\nTo look at in a browser, down to every prompt: {report / 'index.html'}")
 
 
-STAGE = Stage("report", inputs, ("lm",), settings, build)
+STAGE = Stage("report", inputs, ("lm",), settings, build, weights_temperature)

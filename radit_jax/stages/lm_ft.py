@@ -6,7 +6,7 @@ independent instances, and the loss falls on the answer alone (eq. 3).
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +165,16 @@ def sample(
     return found
 
 
+def context_roles(config: ConfigDict, names: Sequence[str]) -> dict[str, str]:
+    """What the given context of each dataset is for, as the config or its paper says.
+
+    Raises:
+        ValueError: as ``pipeline.context_roles``.
+    """
+    usual = {name: DATASETS[name].context for name in names if name in DATASETS}
+    return pipeline.context_roles(config.lm_ft.context, names, usual)
+
+
 def prepare_data(
     config: ConfigDict, tokenizer: Tokenizer
 ) -> tuple[CountingBatches, list[Packed]]:
@@ -176,8 +186,7 @@ def prepare_data(
     sharding.check_rows(rows, f"lm_ft.rows / lm_ft.micro_batches = {rows} rows")
     splits = {name: read_retrieved(workdir, name) for name in ("train", "dev")}
     used = chosen_datasets("lm_ft.datasets", config.lm_ft.datasets, splits, "L")
-    usual = {name: DATASETS[name].context for name in used if name in DATASETS}
-    roles = pipeline.context_roles(config.lm_ft.context, used, usual)
+    roles = context_roles(config, used)
     mixture = mixture._replace(shares=pipeline.fixed_shares(config.lm_ft.shares, used))
     datasets = {
         split: [

@@ -160,7 +160,7 @@ def _parts(config: ConfigDict) -> dict[tuple[str, str], _Part]:
     found: dict[tuple[str, str], _Part] = {}
     splits = {
         split: read_retrieved(Path(config.workdir), split)
-        for split in ("train", *lm_score.splits)
+        for split in dict.fromkeys(("train", *lm_score.splits))
     }
     used = chosen_datasets("lm_score.datasets", lm_score.datasets, splits, "R")
     for split in lm_score.splits:

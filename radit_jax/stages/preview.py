@@ -8,19 +8,20 @@ top passage; before that, their own context or a stand-in for one.
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from radit_jax.artifacts import MANIFEST
 from radit_jax.batch import Example
-from radit_jax.data import pipeline, prompts
+from radit_jax.data import prompts
 from radit_jax.data.corpus import PassageStore
-from radit_jax.data.registry import DATASETS, searched
+from radit_jax.data.registry import searched
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.evaluation.preview import Lengths, Part, Shown, html_page, text_page
 from radit_jax.stages import prepare, retrieve
+from radit_jax.stages.lm_ft import context_roles
 from radit_jax.stages.stage import (
     Stage,
     check_counts,
@@ -49,47 +50,62 @@ def inputs(config: ConfigDict) -> tuple[str, ...]:
     return ("passages", "retrieved") if there else ()
 
 
-class Background:
-    """What an example is read with: the top passage, its context, or a stand-in."""
+class Source(NamedTuple):
+    """A dataset of a split, and what its examples are read with."""
 
-    def __init__(self, config: ConfigDict):
-        self.store: PassageStore | None = None
+    split: str
+    name: str
+    examples: Sequence[Example]
+    ids: np.ndarray | None  # of their passages, int64 [examples, k]; None: not known
+
+
+def sources(config: ConfigDict) -> list[Source]:
+    """What was retrieved for, or what the files hold.
+
+    Raises:
+        ValueError: there is no dataset.
+    """
+    if inputs(config):
         workdir = Path(config.workdir)
-        self.found: dict[tuple[str, str], np.ndarray] = {}
-        if inputs(config):
-            self.store = PassageStore(workdir / "passages")
-            for split in (*retrieve.SPLITS, retrieve.SHOTS):
-                parts = retrieve.read_retrieved(workdir, split)
-                self.found |= {
-                    (split, name): found.ids for name, (_, found) in parts.items()
-                }
+        found = [
+            Source(split, name, examples, retrieved.ids)
+            for split in (*retrieve.SPLITS, retrieve.SHOTS)
+            for name, (examples, retrieved) in retrieve.read_retrieved(
+                workdir, split
+            ).items()
+        ]
+    else:
+        found = [
+            Source(split, name, examples, None)
+            for split, datasets in retrieve.read_splits(config).items()
+            for name, examples in datasets.items()
+        ]
+    if not found:
+        raise ValueError("no dataset: set data.train, data.dev or data.test")
+    return found
 
-    def __call__(self, split: str, name: str, i: int, context: str) -> str:
-        """Text for ``Background:``; "" for none."""
-        if context:
-            return context
-        if self.store is None:
-            return STAND_IN if searched(name) else ""
-        id = int(self.found[split, name][i, 0])
-        return self.store[id].display if id >= 0 else ""
+
+def background(source: Source, i: int, context: str, store: PassageStore | None) -> str:
+    """Text for ``Background:`` of an example; "" for none."""
+    if context:
+        return context
+    if store is None or source.ids is None:
+        return STAND_IN if searched(source.name) else ""
+    id = int(source.ids[i, 0])
+    return store[id].display if id >= 0 else ""
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Render, print and write."""
-    preview = config.preview
-    check_counts("preview", preview, ("examples", "sample"))
+    check_counts("preview", config.preview, ("examples", "sample"))
     tokenizer = load_tokenizer(lm_folder(config))
-    splits = retrieve.read_splits(config)
-    if not any(splits.values()):
-        raise ValueError("no dataset: set data.train, data.dev or data.test")
-    names = list(dict.fromkeys(name for parts in splits.values() for name in parts))
-    usual = {name: DATASETS[name].context for name in names if name in DATASETS}
-    roles = pipeline.context_roles(config.lm_ft.context, names, usual)
-    background = Background(config)
+    shown = sources(config)
+    roles = context_roles(config, list(dict.fromkeys(source.name for source in shown)))
+    store = None
+    if inputs(config):
+        store = PassageStore(Path(config.workdir) / "passages")
     parts = [
-        _part(config, tokenizer, background, split, name, roles[name], examples)
-        for split, datasets in splits.items()
-        for name, examples in datasets.items()
+        _part(config, tokenizer, store, source, roles[source.name]) for source in shown
     ]
     (folder / TEXT).write_text(text_page(parts))
     (folder / "preview.html").write_text(html_page("What the models read", parts))
@@ -99,13 +115,11 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
 def _part(
     config: ConfigDict,
     tokenizer: Tokenizer,
-    background: Background,
-    split: str,
-    name: str,
+    store: PassageStore | None,
+    source: Source,
     role: str,
-    examples: Sequence[Example],
 ) -> Part:
-    preview = config.preview
+    preview, examples = config.preview, source.examples
     rng = np.random.default_rng(config.seed)
     places = np.sort(rng.permutation(len(examples))[: preview.sample])
     shown = set(rng.permutation(places)[: preview.examples].tolist())
@@ -114,17 +128,17 @@ def _part(
     for i in places.tolist():
         example = examples[i]
         # Evaluation reads a given context only where the template lays it out.
-        context = example.context if role != "none" and split != "test" else ""
+        context = example.context if role != "none" and source.split != "test" else ""
         prompt = prompts.render(
             tokenizer,
             prompts.pieces(example, every_turn=config.lm_ft.every_turn),
             config.lm_ft.row_tokens,
-            passage=background(split, name, i, context),
+            passage=background(source, i, context, store),
             bos=config.lm_ft.bos,
         )
         rendered.append(prompt)
         if i in shown:
-            kept.append(_shown(tokenizer, example, prompt, searched(name)))
+            kept.append(_shown(tokenizer, example, prompt, searched(source.name)))
     lengths = Lengths(
         *np.array(
             [
@@ -135,7 +149,15 @@ def _part(
         ).T
     )
     templates = dict.fromkeys(example.template for example in examples)
-    return Part(split, name, len(examples), ", ".join(templates), role, kept, lengths)
+    return Part(
+        source.split,
+        source.name,
+        len(examples),
+        ", ".join(templates),
+        role,
+        kept,
+        lengths,
+    )
 
 
 def _loss(prompt: prompts.Prompt) -> int:

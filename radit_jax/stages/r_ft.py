@@ -573,4 +573,5 @@ STAGE = Stage(
     ("encoder",),
     settings,
     build,
+    functools.partial(score_temperature, field="r_ft.score_temperature"),
 )

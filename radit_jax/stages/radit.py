@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from radit_jax.data.documents import find_files
 from radit_jax.stages import (
     corpus,
     evaluate,
@@ -51,16 +50,11 @@ def run_chain(config: ConfigDict) -> None:
     if "prepare" not in config.stages:
         # Not after hours of indexing. What ``prepare`` makes is not there yet.
         for field in required:
-            if not field.startswith("data.") and field != "corpus.documents":
+            # A field of a section is for its stage to check.
+            if "." not in field:
                 existing(config, field)
-        if "corpus" in config.stages:
-            find_files(config.corpus.documents)
-        for split in retrieve.sources(config).values():
-            for entry, published in split:
-                entry.files(published)
-        for name in ("r_ft", "evaluate"):
-            if name in config.stages:
-                index.score_temperature(config, f"{name}.score_temperature")
+        for name in config.stages:
+            STAGES[name].check(config)
     for name in config.stages:
         run(name, STAGES[name], config)
     workdir = Path(config.workdir)

@@ -387,10 +387,22 @@ def _example(row: dict[str, Any]) -> Example:
     return Example(**values)
 
 
+def check(config: ConfigDict) -> None:
+    """Whether every dataset is there, with the split that is read.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``sources`` and ``Entry.files``.
+    """
+    for parts in sources(config).values():
+        for entry, published in parts:
+            entry.files(published)
+
+
 STAGE = Stage(
     "retrieved",
     ("passages", "index"),
     ("encoder", "data.train", "data.test"),
     settings,
     build,
+    check,
 )

@@ -30,8 +30,8 @@ class Shots:
         store: PassageStore | None,
         asked: dict[str, list[Example]],
     ):
-        self.store = store
-        self.chosen: dict[tuple[str, str], list[Demonstration]] = {}
+        # (Dataset, kind, whether passages are shown) -> texts.
+        self._texts: dict[tuple[str, str, bool], list[str]] = {}
         count = config.evaluate.shots
         if not count:
             return
@@ -59,13 +59,14 @@ class Shots:
                     config.seed,
                     examples,
                 )
-                self.chosen[name, kind] = [
-                    Demonstration(example, self._text(top[example.id]))
-                    for example in drawn
-                ]
-
-    def _text(self, id: int) -> str:
-        return self.store[id].display if self.store and id >= 0 else ""
+                for example in drawn:
+                    id, text = top[example.id], ""
+                    if store is not None and id >= 0:
+                        text = store[id].display
+                    for read, passage in ((True, text), (False, "")):
+                        self._texts.setdefault((name, kind, read), []).append(
+                            prefix([Demonstration(example, passage)])
+                        )
 
     def __call__(self, example: Example, dataset: str, read: bool) -> Sequence[str]:
         """Texts of the demonstrations before a question, the nearest one last.
@@ -75,10 +76,7 @@ class Shots:
             dataset: that it is of.
             read: whether they are shown with their passages.
         """
-        chosen = self.chosen.get((dataset, _kind(example)), [])
-        if not read:
-            chosen = [demonstration._replace(passage="") for demonstration in chosen]
-        return [prefix([demonstration]) for demonstration in chosen]
+        return self._texts.get((dataset, _kind(example), read), [])
 
 
 def _kind(example: Example) -> str:

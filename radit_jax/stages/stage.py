@@ -34,6 +34,8 @@ class Stage(NamedTuple):
     settings: Callable[[ConfigDict], Mapping[str, Any]]
     # (config, folder to fill) -> counts for the manifest.
     build: Callable[[ConfigDict, Path], Mapping[str, Any]]
+    # Raises if files or settings of its own will not do, before a chain starts.
+    check: Callable[[ConfigDict], object] = lambda config: None
 
 
 def run(name: str, stage: Stage, config: ConfigDict) -> Path:
