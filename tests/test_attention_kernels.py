@@ -182,7 +182,10 @@ def is_program(x):
     return hasattr(x, "eqns")
 
 
-@pytest.mark.parametrize(("remat", "forward_passes"), [("dots", 1), ("full", 2)])
+@pytest.mark.parametrize(
+    ("remat", "forward_passes"),
+    [("dots", 1), ("mlp", 1), ("qkv", 1), ("attention", 1), ("full", 2)],
+)
 def test_a_layer_that_keeps_products_runs_splash_forward_once(remat, forward_passes):
     with jax.set_mesh(sharding.make_mesh()):
         layout, (q, k, v, _) = layout_of(128), inputs(128, 2)
