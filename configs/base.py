@@ -67,6 +67,8 @@ def base(stage: str, variant: str) -> ConfigDict:
     c.pooling = ConfigDict({"kind": "", "normalize": placeholder(bool)})
     # Sizes of the device mesh; one may be -1, "all that are left".
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    # Whether training splits what it keeps between layers over tensor, too, by tokens.
+    c.mesh.sequence = False
     c.data = ConfigDict()
     # Datasets, separated by commas: a question file (JSONL), the name of a published
     # dataset (docs/data.md), which lies below ``root``, or NAME=PATH.
