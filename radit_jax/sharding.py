@@ -19,6 +19,7 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 ROWS = (DATA, FSDP)
 ROWS_B = jax.P(ROWS)
 ROWS_BL = jax.P(ROWS, None)
+ROWS_BLX = jax.P(ROWS, None, None)
 ACT_BLD = jax.P(ROWS, None, None)
 LOGITS_BLV = jax.P(ROWS, None, TENSOR)
 
