@@ -29,7 +29,7 @@ LEAST_SHARED = 24
 MOST_PROMPTS = 32
 # Prompts that a row has places for, in terms of those that fill it on average.
 SHORT_PROMPTS = 1.25
-# Batches that are still filled; the oldest is closed when another is begun.
+# Batches that units of several bundles may still go into.
 OPEN_BATCHES = 4
 
 
@@ -180,39 +180,50 @@ def _read(prompts: Sequence[Sequence[int]], units: Sequence[Sequence[Bundle]]) -
     return sum(part.size(prompts) for parts in units for part in parts)
 
 
-class _Batch:
-    """Rows that are being filled."""
+class _Batches:
+    """Rows that are being filled, batch after batch."""
 
     def __init__(self, shape: Shape):
         self.shape = shape
+        self.tokens = np.zeros(0, np.int64)  # that are left of each row
+        self.prompts = np.zeros(0, np.int64)  # the same
         self.rows: list[list[Bundle]] = []
-        self.tokens: list[int] = []  # of each row that are left
-        self.prompts: list[int] = []  # the same
 
-    def add(self, parts: Sequence[Bundle], sizes: Sequence[int]) -> bool:
-        """Put bundles in, all of them or none; False if they do not fit."""
-        tokens, prompts = [*self.tokens], [*self.prompts]
+    def add(self, parts: Sequence[Bundle], sizes: Sequence[int]) -> None:
+        """Put bundles, given with their sizes, where they fit first; into one batch."""
+        first = max(len(self.rows) - OPEN_BATCHES * self.shape.rows, 0)
+        starts = range(first, len(self.rows), self.shape.rows)
+        # A bundle alone may go anywhere.
+        spans = (
+            [(0, len(self.rows))]
+            if len(parts) == 1
+            else [(start, start + self.shape.rows) for start in starts]
+        )
+        for start, end in spans:
+            if self._place(parts, sizes, start, end):
+                return
+        start, more = len(self.rows), self.shape.rows
+        self.tokens = np.append(self.tokens, np.full(more, self.shape.row_tokens))
+        self.prompts = np.append(self.prompts, np.full(more, self.shape.prompts))
+        self.rows += [[] for _ in range(more)]
+        placed = self._place(parts, sizes, start, start + more)
+        assert placed, "a batch has room for every unit"
+
+    def _place(
+        self, parts: Sequence[Bundle], sizes: Sequence[int], start: int, end: int
+    ) -> bool:
+        """Put bundles into some of the rows, all of them or none."""
+        tokens, prompts = self.tokens[start:end].copy(), self.prompts[start:end].copy()
         chosen = []
         for part, size in zip(parts, sizes, strict=True):
-            count = len(part.places)
-            row = next(
-                (
-                    row
-                    for row, left in enumerate(tokens)
-                    if left >= size and prompts[row] >= count
-                ),
-                len(tokens),
-            )
-            if row == len(tokens):
-                if row == self.shape.rows:
-                    return False
-                tokens.append(self.shape.row_tokens)
-                prompts.append(self.shape.prompts)
+            fits = (tokens >= size) & (prompts >= len(part.places))
+            if not fits.any():
+                return False
+            row = int(fits.argmax())
             tokens[row] -= size
-            prompts[row] -= count
-            chosen.append(row)
-        self.tokens, self.prompts = tokens, prompts
-        self.rows += [[] for _ in range(len(tokens) - len(self.rows))]
+            prompts[row] -= len(part.places)
+            chosen.append(start + row)
+        self.tokens[start:end], self.prompts[start:end] = tokens, prompts
         for row, part in zip(chosen, parts, strict=True):
             self.rows[row].append(part)
         return True
@@ -229,31 +240,33 @@ def pack(
     sized = [([part.size(prompts) for part in parts], parts) for parts in units]
     # Large ones first: what is left is filled with small ones.
     sized.sort(key=lambda unit: -sum(unit[0]))
-    batches: list[_Batch] = []
+    batches = _Batches(shape)
     for sizes, parts in sized:
-        if not any(batch.add(parts, sizes) for batch in batches[-OPEN_BATCHES:]):
-            batches.append(_Batch(shape))
-            added = batches[-1].add(parts, sizes)
-            assert added, "there is room for every unit"
-    return [_filled(prompts, batch) for batch in batches]
+        batches.add(parts, sizes)
+    return [
+        _filled(prompts, batches.rows[start : start + shape.rows], shape)
+        for start in range(0, len(batches.rows), shape.rows)
+    ]
 
 
-def _filled(prompts: Sequence[Sequence[int]], batch: _Batch) -> PromptRows:
+def _filled(
+    prompts: Sequence[Sequence[int]], packed: Sequence[Sequence[Bundle]], shape: Shape
+) -> PromptRows:
     """The arrays of a batch; of one that is not full only a part of the rows, in coarse
     steps, so that few programs are compiled."""
     shards = sharding.row_shards()
-    most = batch.shape.rows
-    while len(batch.rows) <= most // 2:
+    used, most = -(-sum(map(bool, packed)) // shards), shape.rows // shards
+    while used <= most // 2:
         most //= 2
-    step = -(-most // (4 * shards)) * shards
-    rows = -(-len(batch.rows) // step) * step
-    tokens = np.zeros((rows, batch.shape.row_tokens), np.int32)
+    step = -(-most // 4)
+    rows = min(-(-used // step) * step, most) * shards
+    tokens = np.zeros((rows, shape.row_tokens), np.int32)
     found = PromptRows(
         *(tokens, *np.zeros((3, *tokens.shape), np.int32)),
-        *np.zeros((5, rows, batch.shape.prompts), np.int32),
+        *np.zeros((5, rows, shape.prompts), np.int32),
     )
     found.owners_BQ[:] = -1
-    for row, parts in enumerate(batch.rows):
+    for row, parts in enumerate(packed[:rows]):
         end = segment = slot = 0
         for part in parts:
             prefix = 0
