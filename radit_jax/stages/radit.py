@@ -62,6 +62,7 @@ def run_chain(config: ConfigDict) -> None:
         report = workdir / "report"
         print(evaluate.summary(workdir))
         print(f"\nEverything is in {workdir.resolve()}:")
+        print(f"  to read, down to every prompt    {report / 'index.html'}")
         print(f"  tables and side-by-side answers  {report / 'results.md'}")
         print(f"  the same as data                 {report / 'results.json'}")
         print(f"  picture                          {report / 'results.png'}")
