@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from radit_jax import processes
 from radit_jax.stages import (
     corpus,
     evaluate,
@@ -58,7 +59,7 @@ def run_chain(config: ConfigDict) -> None:
     for name in config.stages:
         run(name, STAGES[name], config)
     workdir = Path(config.workdir)
-    if "evaluate" in config.stages:
+    if "evaluate" in config.stages and processes.first():
         report = workdir / "report"
         print(evaluate.summary(workdir))
         print(f"\nEverything is in {workdir.resolve()}:")
