@@ -344,7 +344,8 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_same_start(config: Mapping[str, Any]) -> None:
-    """Whether all processes have the same config and the same software.
+    """Whether all processes have the same config and the same software; then they make
+    their devices known to each other.
 
     Raises:
         ProcessError: as ``check_same``.
@@ -353,6 +354,9 @@ def check_same_start(config: Mapping[str, Any]) -> None:
     check_same("versions", {package: version(package) for package in packages})
     fields = {k: v for k, v in _flat(config).items() if k not in OWN}
     check_same("config", fields)
+    if count() > 1:
+        # Later, one of them may be at work alone while it is asked for its devices.
+        jax.devices()
 
 
 def wait_for(file: Path, seconds: float = 60.0) -> None:
@@ -430,8 +434,8 @@ def _obituary(error: str) -> str:
     return (
         f"error: {named(dead)} is gone: it {gone}. Its own log may say why (killed, "
         "out of memory, a machine taken away?). This process cannot go on without it; "
-        "run the same command again, on any number of processes, to go on from the newest "
-        "checkpoint"
+        "run the same command again, on any number of processes, to go on from the "
+        "newest checkpoint"
     )
 
 
