@@ -148,8 +148,8 @@ def process_rows() -> tuple[int, int]:
     mesh = jax.sharding.get_mesh()
     parts: dict[int, set[int]] = {}
     places = NamedSharding(mesh, ROWS_B).devices_indices_map((row_shards(),))
-    for device, index in places.items():
-        row, _, _ = index[0].indices(row_shards())
+    for device in mesh.devices.flat:
+        row, _, _ = places[device][0].indices(row_shards())
         parts.setdefault(device.process_index, set()).add(row)
     distinct = sorted({tuple(sorted(rows)) for rows in parts.values()})
     if sum(map(len, distinct)) != row_shards():

@@ -9,6 +9,7 @@ from radit_jax import processes
 from radit_jax.stages import (
     corpus,
     evaluate,
+    export,
     index,
     lm_ft,
     lm_score,
@@ -31,6 +32,7 @@ STAGES: dict[str, Stage] = {
     "retrieve_r_ft": retrieve_r_ft.STAGE,
     "lm_ft": lm_ft.STAGE,
     "evaluate": evaluate.STAGE,
+    "export": export.STAGE,
 }
 
 

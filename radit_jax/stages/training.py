@@ -102,7 +102,7 @@ def train(
         )
         key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
         state = TrainState(
-            step=sharding.put(np.int32(0), sharding.REPLICATED),
+            step=sharding.put(np.zeros((), np.int32), sharding.REPLICATED),
             params=params,
             opt_state=jax.jit(tx.init)(params),
             rng=sharding.put(key_data, sharding.REPLICATED),
