@@ -224,9 +224,10 @@ def _bounded(seconds: float, words: str) -> Iterator[None]:
 
 
 def _end(words: str, status: int) -> NoReturn:
-    """End this process at once, whatever its other threads wait for."""
+    """End this process, whatever its other threads wait for."""
     # One write, so that the lines of processes that share a terminal stay whole.
     os.write(2, f"{words}\n".encode())
+    _linger()
     os._exit(status)
 
 
@@ -377,7 +378,7 @@ def wait_for(file: Path, seconds: float = 60.0) -> None:
 
 
 def fail(error: str) -> None:
-    """Tell the others why this process ends, and give them time to read it.
+    """Tell the others why this process ends.
 
     Afterwards the process must end by ``os._exit``: there is no orderly end without the
     others.
@@ -391,8 +392,13 @@ def fail(error: str) -> None:
         # Process 0 is gone already, and with it the store; the others know.
         log.debug("nobody to tell: %s", second)
         return
-    # The coordinator must live until the others have looked.
-    time.sleep(3 * _LOOK_SECONDS)
+    _linger()
+
+
+def _linger() -> None:
+    """The coordinator lives until the others have looked: where it goes, they go."""
+    if first():
+        time.sleep(3 * _LOOK_SECONDS)
 
 
 def finish() -> None:
@@ -427,10 +433,11 @@ def _watch_deaths() -> None:
 
 def _obituary(error: str) -> str:
     """What the coordinator says of a death, in words."""
-    task = re.search(r"[Tt]ask:? (\d+)", error)
+    task = re.search(r"Task (\d+) heartbeat timeout", error)
     dead = int(task[1]) if task else 0
-    seconds = _World.settings.heartbeat_seconds
-    gone = f"was not heard of for {seconds} s" if task else "ended its connection"
+    gone = "ended its connection"
+    if task:
+        gone = f"was not heard of for {_World.settings.heartbeat_seconds} s"
     return (
         f"error: {named(dead)} is gone: it {gone}. Its own log may say why (killed, "
         "out of memory, a machine taken away?). This process cannot go on without it; "

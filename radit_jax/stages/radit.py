@@ -18,7 +18,7 @@ from radit_jax.stages import (
     retrieve,
     retrieve_r_ft,
 )
-from radit_jax.stages.stage import Stage, check_required, existing, run
+from radit_jax.stages.stage import Stage, check_required, existing, mesh, run
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def run_chain(config: ConfigDict) -> None:
     Raises:
         ValueError: an unknown stage, or a field that any of the stages needs is not
             set; nothing runs then.
+        ValueError: the mesh does not fit the devices.
         FileNotFoundError: a file or folder that any of them needs is not there.
         ValueError: an encoder that normalises, without a temperature of its scores.
     """
@@ -50,6 +51,7 @@ def run_chain(config: ConfigDict) -> None:
         raise ValueError(f"stages: {unknown} not among {', '.join(STAGES)}")
     required = dict.fromkeys(f for name in config.stages for f in STAGES[name].required)
     check_required("radit", tuple(required), config)
+    mesh(config)  # raises if there are other devices than it says
     if "prepare" not in config.stages:
         # Not after hours of indexing. What ``prepare`` makes is not there yet.
         for field in required:
