@@ -37,6 +37,13 @@ SHORT = {
 }
 
 
+CHAIN = (
+    *("prepare", "corpus", "index", "retrieve"),
+    *("lm_score", "r_ft", "retrieve_r_ft"),
+    *("lm_ft", "evaluate"),
+)
+
+
 def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -180,10 +187,10 @@ def group(tmp_path_factory):
 def chains(group, tmp_path_factory):
     """Work folders in which one process and two have run the whole chain."""
     folder = tmp_path_factory.mktemp("chains")
-    mesh = {"mesh.data": 2, "mesh.fsdp": 2}
+    fields = SHORT | {"mesh.data": 2, "mesh.fsdp": 2, "stages": (*CHAIN, "export")}
     with (
-        group(folder / "one", 1, 4, **SHORT, **mesh) as one,
-        group(folder / "two", 2, 2, **SHORT, **mesh) as two,
+        group(folder / "one", 1, 4, **fields) as one,
+        group(folder / "two", 2, 2, **fields) as two,
     ):
         one.succeed()
         two.succeed()
@@ -259,6 +266,27 @@ def test_two_processes_write_the_same_report(chains):
     assert flat[0].keys() == flat[1].keys()
     numbers = [{k: v for k, v in part.items() if isinstance(v, float)} for part in flat]
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
+
+
+def test_two_processes_export_what_one_exports(chains, tiny_config):
+    one, two, _ = chains
+    for name in ("lm", "encoder"):
+        ours, theirs = (
+            load_file(work / "exported" / name / "model.safetensors")
+            for work in (one, two)
+        )
+        came = load_file(one / "inputs" / name / "model.safetensors")
+        assert ours.keys() == theirs.keys() == came.keys()
+        for key, array in ours.items():
+            np.testing.assert_allclose(array, theirs[key], atol=1e-5)
+        # What came was trained.
+        assert max(np.abs(ours[key] - came[key]).max() for key in came) > 1e-4
+    # It is the best checkpoint, and this package reads it as its own.
+    with jax.set_mesh(sharding.make_mesh(1, 8, 1)):
+        best = lm_ft.load_finetuned(tiny_config(one))
+        again = huggingface.load_llama(one / "exported" / "lm")
+    for ours, theirs in zip(*map(jax.tree.leaves, (best, again)), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 def leaves(value, name=""):
