@@ -18,6 +18,7 @@ from radit_jax import artifacts, sharding
 from radit_jax.artifacts import fingerprint
 from radit_jax.data.packages import cache_folder
 from radit_jax.data.registry import missing
+from radit_jax.mirror import reachable
 from radit_jax.models.gguf import convert_gguf
 
 log = logging.getLogger(__name__)
@@ -42,28 +43,43 @@ def run(name: str, stage: Stage, config: ConfigDict) -> Path:
     """Make a stage's artifact unless it is there already; returns its folder.
 
     Raises:
-        ValueError: a required field is not set, or an input artifact is missing.
+        ValueError: a required field is not set, an input artifact is missing, or the
+            mirror cannot be reached.
     """
     check_required(name, stage.required, config)
     workdir = Path(config.workdir)
     inputs = stage.inputs(config) if callable(stage.inputs) else stage.inputs
+    mirror = reachable(config.mirror) if config.mirror else None
+    if mirror:
+        # What the recipes that bring their own inputs prepare is no artifact's input.
+        mirror.bring(workdir, ("inputs", *inputs))
     plan = artifacts.plan(
         workdir,
         stage.output,
         {"stage": name, **stage.settings(config)},
         {input: workdir / input for input in inputs},
     )
+    if mirror and not artifacts.is_complete(plan):
+        mirror.fetch(plan)
     if artifacts.is_complete(plan):
         log.info("%s: %s is complete, skipped", name, plan.folder)
+        if mirror:
+            mirror.keep(plan)
         return plan.folder
     log.info("%s: making %s", name, plan.folder)
     start = time.perf_counter()
     folder = artifacts.begin(plan)
+    if mirror:
+        mirror.attach(plan)
     (folder / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
     with jax.set_mesh(mesh(config)):
         counts = stage.build(config, folder)
     seconds = time.perf_counter() - start
     made = artifacts.finish(plan, {**counts, "seconds": round(seconds, 1)})
+    if mirror:
+        # Even if there is one: it was damaged.
+        mirror.send(plan)
+        mirror.keep(plan)
     log.info("%s: done in %s: %s", name, clock(seconds), json.dumps(dict(counts)))
     return made
 
