@@ -398,6 +398,9 @@ def killed_at(step, config):
     """Run the chain in a process that loses its power before a step."""
     code = f"""
 import os, signal, sys
+import jax
+# As here: otherwise sums are split otherwise, and differ in their last bit.
+jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, {str(ROOT)!r})
 from configs import radit
 from radit_jax.stages import hardware, lm_ft
