@@ -26,6 +26,8 @@
 #   --create-flag F           one more flag for the request, as often as needed:
 #                             --create-flag=--service-account=ADDRESS
 #   --repository URL --ref R  clone that, rather than copy this checkout
+#   --prepare C               a shell command for all workers at the end of every setup,
+#                             such as mounting the disk that they share
 #   --worker N                of logs and copy; 0 by default
 #   --from F --to URL         of copy
 #   --dry-run                 print every command and run none
@@ -37,7 +39,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 commands=(create setup start watch status logs stop run copy delete)
 flags=(--project --zone --type --version --spot --reserved --internal-ips --create-flag
-  --repository --ref --worker --from --to --dry-run)
+  --repository --ref --prepare --worker --from --to --dry-run)
 remote=radit_jax # the checkout on the workers, below the home folder
 
 fail() {
@@ -68,7 +70,7 @@ esac
 shift
 
 project="${PROJECT:-}" zone="${ZONE:-}" type="${TYPE:-}" version="${VERSION:-}"
-tier="" internal="" repository="" ref="" worker_number=0 from="" to="" dry=""
+tier="" internal="" repository="" ref="" prepare="" worker_number=0 from="" to="" dry=""
 create_flags=()
 poll="${POLL:-30}" pause="${PAUSE:-60}" pause_most="${PAUSE_MOST:-900}" tries="${TRIES:-20}"
 arguments=()
@@ -106,6 +108,7 @@ run itself is given goes after --"
         --create-flag) create_flags+=("$value") ;;
         --repository) repository="$value" ;;
         --ref) ref="$value" ;;
+        --prepare) prepare="$value" ;;
         --worker) worker_number="$value" ;;
         --from) from="$value" ;;
         --to) to="$value" ;;
@@ -286,7 +289,8 @@ setup() {
   else
     send_checkout || return
   fi
-  worker all install
+  worker all install || return
+  [ -z "$prepare" ] || on all "$prepare"
 }
 
 start() {

@@ -317,6 +317,21 @@ def test_setup_sends_the_checkout_as_it_is_and_installs_it(cloud, tmp_path):
     assert install[-1] == "--command=bash radit_jax/launch/worker.sh install"
 
 
+def test_setup_ends_with_what_the_user_asks_for(cloud, tmp_path):
+    install_workers(cloud)
+    cloud.answer(("scp", ""), ("tar --extract", ""), ("worker.sh install", ""))
+    command = "mkdir -p 'a b' && echo $((1 + 1)) > 'a b/two'"
+    found = tpu(cloud, "setup", "--prepare", command)
+    assert found.returncode == 0, found.stderr
+    for number in (0, 1):
+        assert (tmp_path / f"worker-{number}" / "a b" / "two").read_text() == "2\n"
+    assert tpu(cloud, "setup", "--prepare", "false").returncode != 0
+    cloud.answer(("scp", ""), ("tar --extract", ""), ("worker.sh install", {"code": 1}))
+    (tmp_path / "calls.jsonl").unlink()
+    assert tpu(cloud, "setup", "--prepare", command).returncode == 1
+    assert not any("--command=mkdir -p 'a b'" in str(call) for call in cloud.calls())
+
+
 def test_setup_stops_at_the_first_step_that_fails(cloud):
     cloud.answer(("scp", {"stderr": "no route\n", "code": 1}))
     found = tpu(cloud, "setup")
