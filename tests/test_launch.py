@@ -171,6 +171,14 @@ def test_a_request_that_fails_ends_with_its_reason(cloud):
     assert "delete pod --zone us-east5-a" in found.stderr
 
 
+@pytest.mark.parametrize("state", ["SUSPENDING", "SUSPENDED", "DELETING", ""])
+def test_a_request_that_is_gone_is_not_waited_for(cloud, state):
+    cloud.answer((STATE, "PROVISIONING", state))
+    found = tpu(cloud, "create", "--type=v5p-128")
+    assert found.returncode == 1
+    assert "pod did not become ACTIVE" in found.stderr
+
+
 def test_a_request_that_is_refused_is_not_waited_for(cloud):
     refusal = {"stderr": "ERROR: quota exceeded\n", "code": 1}
     cloud.answer(("queued-resources create", refusal))
@@ -407,6 +415,15 @@ def test_output_and_exit_status_are_kept_on_the_worker(cloud, tmp_path):
     assert f"{host}: 3\noh\n{host}: 0\nok\n" in found.stdout
 
 
+def test_a_run_that_was_lost_leaves_no_status_of_an_earlier_one(cloud, tmp_path):
+    install_workers(cloud)
+    (tmp_path / "worker-0" / "radit_jax.exit").write_text("0\n")
+    cloud.answer(("new-session", ""))
+    assert tpu(cloud, "start", "--", *RUN).returncode == 0
+    assert ": none\n" in tpu(cloud, "status").stdout
+    assert ": 0\n" not in tpu(cloud, "status").stdout
+
+
 def test_a_second_run_is_refused(cloud, tmp_path):
     install_workers(cloud)
     (tmp_path / "worker-1" / "asleep").touch()
@@ -526,8 +543,12 @@ def test_what_an_earlier_run_left_does_not_count(cloud):
         [(STATE, "ACTIVE"), (SLICE, "READY"), ("ssh", {"code": 255})],
         [(STATE, ""), ("create", {"stderr": "quota\n", "code": 1})],
         [(STATE, "ACTIVE"), (SLICE, "READY"), ("state", "none"), ("scp", {"code": 1})],
+        [
+            *((STATE, "ACTIVE"), (SLICE, "READY"), ("worker.sh state", "none")),
+            *(("scp", ""), ("tar", ""), ("worker.sh install", {"code": 1})),
+        ],
     ],
-    ids=["no cloud", "no capacity", "no ssh", "no quota", "no setup"],
+    ids=["no cloud", "no capacity", "no ssh", "no quota", "no setup", "no install"],
 )
 def test_failures_in_a_row_end_the_watch(cloud, rules):
     cloud.answer(*rules)
@@ -535,6 +556,13 @@ def test_failures_in_a_row_end_the_watch(cloud, rules):
     assert found.returncode == 1
     assert "3 failures in a row" in found.stderr
     assert len(cloud.calls("gcloud")) < 20
+    if rules[0][1] != "" and rules[0][1] != "FAILED":
+        assert not {"create", "delete"} & set(cloud.verbs())
+    assert cloud.runs() == []
+    # What comes after a step that failed is not done.
+    assert not any("worker.sh start" in str(call) for call in cloud.calls())
+    if rules[-1][0] == "scp":
+        assert not any("worker.sh install" in str(call) for call in cloud.calls())
 
 
 def test_the_pause_between_tries_doubles_up_to_a_bound(cloud):

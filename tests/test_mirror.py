@@ -146,7 +146,7 @@ def test_two_keys_live_side_by_side(tmp_path, url):
 
 
 def test_a_stage_alone_fetches_its_inputs_as_they_were_last_used(tmp_path, url):
-    for content in ("x", "y", "x"):
+    for content in ("y", "x", "y", "x"):
         make(tmp_path / "one", url, content, output="passages")
     inputs = {"inputs": ("passages",)}
     index, _ = make(tmp_path / "one", url, **inputs)
@@ -213,6 +213,23 @@ def test_a_copy_that_was_cut_short_is_ignored_and_finished(tmp_path, url, monkey
     # The first machine is whole, too.
     _, made = make(tmp_path / "one", url)
     assert not made
+
+
+def test_a_damaged_copy_does_not_look_whole_while_it_is_mended(
+    tmp_path, url, monkeypatch
+):
+    first, _ = make(tmp_path / "one", url)
+    place = f"index/{key(first)}"
+    change(url, f"{place}/empty", b"damaged")
+
+    def unplugged(self, *args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mirror.Remote, "put", unplugged)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "two", url)
+    assert f"{place}/empty" in remote(url)
+    assert f"{place}/manifest.json" not in remote(url)
 
 
 def test_a_fetch_that_was_cut_short_starts_over(tmp_path, url, monkeypatch):
