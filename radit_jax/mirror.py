@@ -29,7 +29,7 @@ from typing import Any
 import fsspec
 from etils import epath
 
-from radit_jax import artifacts
+from radit_jax import artifacts, processes
 from radit_jax.artifacts import MANIFEST, Plan
 
 LISTING = "mirror_files.json"
@@ -326,25 +326,27 @@ def checkpoints_of(folder: Path) -> Any:
 def push(folder: Path, names: Sequence[str]) -> None:
     """Copy files, or folders of files, of a run to where its checkpoints are.
 
-    Does nothing if these are in the run's own folder.
+    Does nothing if these are in the run's own folder. Of several processes the first
+    one does it.
 
     Raises:
         MirrorError: they could not be written.
     """
     place = _place_of(folder)
-    if place is not None:
+    if place is not None and processes.first():
         present = [n for n in _files(folder) if n in names or n.split("/")[0] in names]
         Remote(place).put(folder, present)
 
 
 def pull(folder: Path, names: Sequence[str]) -> None:
-    """Bring back what ``push`` copied, unless any of it is here.
+    """Bring back what ``push`` copied, unless any of it is here; as ``push``.
 
     Raises:
         MirrorError: it could not be read.
     """
     place = _place_of(folder)
-    if place is not None and not any((folder / name).exists() for name in names):
+    here = any((folder / name).exists() for name in names)
+    if place is not None and processes.first() and not here:
         remote = Remote(place)
         found = [file for name in names for file in remote.find(name)]
         if found:

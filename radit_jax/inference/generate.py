@@ -472,9 +472,9 @@ def _finish(
     limit = state.tokens_BL.shape[1]
     while True:
         state = decode(model, state, stops, seeds_B, CHUNK, sampling, mixing)
-        step, done = int(state.step), np.asarray(state.done_B)
-        tokens_BL = np.asarray(state.tokens_BL)
-        log_BL = np.asarray(state.log_probabilities_BL)
+        step, done = int(state.step), sharding.fetch(state.done_B)
+        tokens_BL = sharding.fetch(state.tokens_BL)
+        log_BL = sharding.fetch(state.log_probabilities_BL)
         found = [
             _cut(tokenizer, tokens_BL[row, :step].tolist(), log_BL[row], stops, stop)
             for row in range(len(done))
