@@ -4,13 +4,13 @@ Their fake devices add up to the same mesh. What they make must be the same: pas
 and ids exactly, floats to rounding.
 """
 
-import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,9 +18,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import load_file
 
 from radit_jax import processes, sharding
 from radit_jax.data.candidates import CandidateBatches, Questions
+from radit_jax.models import huggingface, safetensors
 from radit_jax.stages import lm_ft
 from radit_jax.stages.stage import run
 
@@ -34,73 +37,110 @@ SHORT = {
 }
 
 
+CHAIN = (
+    *("prepare", "corpus", "index", "retrieve"),
+    *("lm_score", "r_ft", "retrieve_r_ft"),
+    *("lm_ft", "evaluate"),
+)
+
+
 def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-class Group:
-    """Processes of one run; all of them are gone at the end of the block."""
+# A server that has imported the front door, of which each process is a fork.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["radit_jax.main"])
 
-    def __init__(self, folder, devices, commands, cwds=None):
-        # A command line of ``python`` for each process.
-        address, count = free_address(), len(commands)
+
+def member(log, devices, environment, folder, function, arguments):
+    """A process from its birth: what it writes goes into a file."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ |= environment
+    # Compiling well takes longer than all that is computed here.
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.chdir(folder)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    try:
+        function(*arguments)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    else:
+        status = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def door(arguments):
+    """The command line."""
+    from radit_jax import main
+
+    sys.argv = ["main.py", *arguments]
+    main.front_door()
+
+
+class Group:
+    """Processes of one run; all of them are gone at the end of the block.
+
+    Args:
+        folder: for their logs.
+        devices: of each.
+        function: that each runs.
+        arguments: of the function, for each process.
+        cwds: where each runs.
+    """
+
+    def __init__(self, folder, devices, function, arguments, cwds=None):
+        address, count = free_address(), len(arguments)
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"log-{process}.txt" for process in range(count)]
         self.members = []
         for process, log in enumerate(self.logs):
-            environment = os.environ | {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "PYTHONPATH": str(ROOT),
-            }
+            environment = {}
             if count > 1:
-                environment |= {
+                environment = {
                     "JAX_COORDINATOR_ADDRESS": address,
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(process),
                 }
-            with log.open("w") as output:
-                self.members.append(
-                    subprocess.Popen(
-                        [sys.executable, "-W", "ignore", *commands[process]],
-                        cwd=cwds[process] if cwds else ROOT,
-                        env=environment,
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+            where = cwds[process] if cwds else ROOT
+            given = (log, devices, environment, where, function, arguments[process])
+            self.members.append(FORKS.Process(target=member, args=given, daemon=True))
+            self.members[-1].start()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for member in self.members:
-            with contextlib.suppress(ProcessLookupError):
-                member.kill()
-            member.wait()
+        for one in self.members:
+            one.kill()
+            one.join()
 
     def said(self, process):
-        return self.logs[process].read_text()
+        log = self.logs[process]
+        return log.read_text() if log.exists() else ""
 
     def wait(self, seconds=200):
         """Exit codes; with all logs where one is missing after so long."""
         end = time.monotonic() + seconds
-        codes = []
-        for process, member in enumerate(self.members):
-            try:
-                codes.append(member.wait(max(end - time.monotonic(), 0.1)))
-            except subprocess.TimeoutExpired:
-                raise AssertionError(
-                    f"process {process} goes on after {seconds} s\n{self.everything()}"
-                ) from None
-        return codes
+        for process, one in enumerate(self.members):
+            one.join(max(end - time.monotonic(), 0.1))
+            assert one.exitcode is not None, (
+                f"process {process} goes on after {seconds} s\n{self.everything()}"
+            )
+        return [one.exitcode for one in self.members]
 
     def everything(self):
         return "\n".join(
-            f"--- process {i}\n{log.read_text()[-6000:]}"
-            for i, log in enumerate(self.logs)
+            f"--- process {i}\n{self.said(i)[-6000:]}" for i in range(len(self.logs))
         )
 
     def succeed(self):
@@ -113,7 +153,14 @@ def group(tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "xla-processes"
 
     def start(
-        folder, count, devices, workdir="", recipe="radit", code="", cwds=None, **fields
+        folder,
+        count,
+        devices,
+        workdir="",
+        recipe="radit",
+        function=door,
+        cwds=None,
+        **fields,
     ):
         # A field that is a list has a value for each process.
         fields = {
@@ -122,16 +169,16 @@ def group(tmp_path_factory):
             "compilation_cache": cache,
             "workdir": workdir or folder / "work",
         } | fields
-        door = ["-c", code] if code else ["-m", "radit_jax.main"]
         commands = [
-            [*door, f"--config={ROOT}/configs/{recipe}.py:tiny"]
+            [f"--config={ROOT}/configs/{recipe}.py:tiny"]
             + [
                 f"--config.{name}={value[i] if isinstance(value, list) else value}"
                 for name, value in fields.items()
             ]
             for i in range(count)
         ]
-        return Group(folder, devices, commands, cwds)
+        arguments = [(command,) for command in commands]
+        return Group(folder, devices, function, arguments, cwds)
 
     return start
 
@@ -140,10 +187,10 @@ def group(tmp_path_factory):
 def chains(group, tmp_path_factory):
     """Work folders in which one process and two have run the whole chain."""
     folder = tmp_path_factory.mktemp("chains")
-    mesh = {"mesh.data": 2, "mesh.fsdp": 2}
+    fields = SHORT | {"mesh.data": 2, "mesh.fsdp": 2, "stages": (*CHAIN, "export")}
     with (
-        group(folder / "one", 1, 4, **SHORT, **mesh) as one,
-        group(folder / "two", 2, 2, **SHORT, **mesh) as two,
+        group(folder / "one", 1, 4, **fields) as one,
+        group(folder / "two", 2, 2, **fields) as two,
     ):
         one.succeed()
         two.succeed()
@@ -221,6 +268,27 @@ def test_two_processes_write_the_same_report(chains):
     assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
 
 
+def test_two_processes_export_what_one_exports(chains, tiny_config):
+    one, two, _ = chains
+    for name in ("lm", "encoder"):
+        ours, theirs = (
+            load_file(work / "exported" / name / "model.safetensors")
+            for work in (one, two)
+        )
+        came = load_file(one / "inputs" / name / "model.safetensors")
+        assert ours.keys() == theirs.keys() == came.keys()
+        for key, array in ours.items():
+            np.testing.assert_allclose(array, theirs[key], atol=1e-5)
+        # What came was trained.
+        assert max(np.abs(ours[key] - came[key]).max() for key in came) > 1e-4
+    # It is the best checkpoint, and this package reads it as its own.
+    with jax.set_mesh(sharding.make_mesh(1, 8, 1)):
+        best = lm_ft.load_finetuned(tiny_config(one))
+        again = huggingface.load_llama(one / "exported" / "lm")
+    for ours, theirs in zip(*map(jax.tree.leaves, (best, again)), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
 def leaves(value, name=""):
     if isinstance(value, dict):
         value = list(value.items())
@@ -286,7 +354,7 @@ def wait_for_step(group, work, step):
     end = time.monotonic() + 120
     while steps_done(work) < step:
         assert time.monotonic() < end, group.everything()
-        assert all(m.poll() is None for m in group.members), group.everything()
+        assert all(m.exitcode is None for m in group.members), group.everything()
         time.sleep(0.02)
 
 
@@ -297,8 +365,6 @@ def checkpoints(work):
 
 def same_weights(folder, other):
     """Of the newest checkpoints, as they are stored."""
-    from orbax.checkpoint import v1 as ocp
-
     found = [
         ocp.load_checkpointables(one / "checkpoints" / "60")["params"]
         for one in (folder, other)
@@ -314,7 +380,7 @@ def test_a_killed_process_ends_the_others_and_one_alone_goes_on(
     fields = LONG | {"mesh.fsdp": 4, "stages": ("lm_ft",)}
     with group(tmp_path, 2, 2, **fields) as two:
         wait_for_step(two, work, 10)
-        two.members[1].send_signal(signal.SIGKILL)
+        two.members[1].kill()
         start = time.monotonic()
         codes = two.wait(60)
         # Within the 10 s of silence, and what it takes to tell.
@@ -340,7 +406,7 @@ def test_a_signal_to_one_process_stops_all_and_four_go_on(
     fields = LONG | {"mesh.fsdp": 4, "stages": ("lm_ft",)}
     with group(tmp_path / "two", 2, 2, workdir=work, **fields) as two:
         wait_for_step(two, work, 9)
-        two.members[1].send_signal(signal.SIGTERM)
+        os.kill(two.members[1].pid, signal.SIGTERM)
         assert two.wait(60) == [INTERRUPTED] * 2, two.everything()
     for process in range(2):
         assert "stopped by a signal at step" in two.said(process)
@@ -425,24 +491,24 @@ def test_a_process_that_never_comes_is_an_error_in_time(group, tmp_path):
         )
 
 
-FAILING = """
-from radit_jax import main, processes
+def failing_door(arguments, number):
+    """A command that fails on one process, while the others wait for it."""
+    from radit_jax import main
 
-def command(config):
-    if processes.index() == NUMBER:
-        raise OSError(28, "No space left on device", "/work/index")
-    processes.barrier("never")
+    def command(config):
+        if processes.index() == number:
+            raise OSError(28, "No space left on device", "/work/index")
+        processes.barrier("never")
 
-main.COMMANDS["radit"] = command
-main.front_door()
-"""
+    main.COMMANDS["radit"] = command
+    door(arguments)
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_process_ends_all_with_its_words(group, tmp_path, failing):
-    code = FAILING.replace("NUMBER", str(failing))
     start = time.monotonic()
-    with group(tmp_path, 3, 1, code=code) as three:
+    function = functools.partial(failing_door, number=failing)
+    with group(tmp_path, 3, 1, function=function) as three:
         codes = three.wait(60)
         assert codes[failing] == 1, three.everything()
         for other in {0, 1, 2} - {failing}:
@@ -453,48 +519,45 @@ def test_an_error_of_one_process_ends_all_with_its_words(group, tmp_path, failin
     assert time.monotonic() - start < 45
 
 
-READING = """
-import json, numpy as np, jax
-from pathlib import Path
-from radit_jax import processes, sharding
-from radit_jax.models import huggingface, safetensors
-processes.start(processes.Settings(start_seconds=60))
-real, count = safetensors.Parts.__getitem__, {"bytes": 0}
-def counting(self, cut):
-    part = real(self, cut)
-    count["bytes"] += part.nbytes
-    return part
-safetensors.Parts.__getitem__ = counting
-with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
-    model = huggingface.load_llama(LM)
-    held = 0
-    for leaf in jax.tree.leaves(model):
-        shards = {str(s.index): s.data.nbytes for s in leaf.addressable_shards}
-        held += sum(shards.values())
-    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-    files = huggingface.save(model, OUT, LM, np.dtype(np.float32), 100_000)
-Path(OUT + f"-{processes.index()}.json").write_text(
-    json.dumps({"read": count["bytes"], "held": held, "whole": whole})
-)
-processes.finish()
-"""
+def read_and_write(lm, out):
+    """Load a model onto a mesh of two processes, count, and write it."""
+    processes.start(processes.Settings(start_seconds=60))
+    real, read = safetensors.Parts.__getitem__, []
+
+    def counting(self, cut):
+        part = real(self, cut)
+        read.append(part.nbytes)
+        return part
+
+    safetensors.Parts.__getitem__ = counting
+    with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
+        model = huggingface.load_llama(lm)
+        arrays = jax.tree.leaves(model)
+        held = sum(
+            sum(
+                {str(s.index): s.data.nbytes for s in array.addressable_shards}.values()
+            )
+            for array in arrays
+        )
+        huggingface.save(model, out, lm, np.dtype(np.float32), 100_000)
+    whole = sum(array.nbytes for array in arrays)
+    found = {"read": sum(read), "held": held, "whole": whole}
+    Path(f"{out}-{processes.index()}.json").write_text(json.dumps(found))
+    processes.finish()
 
 
 def test_each_process_reads_the_bytes_of_its_shards_and_writes_them_back(
     chains, tmp_path
 ):
     lm = chains[0] / "inputs" / "lm"
-    code = READING.replace("LM", repr(str(lm)))
-    code = code.replace("OUT", repr(str(tmp_path / "out")))
-    with Group(tmp_path, 2, [["-c", code]] * 2) as two:
+    given = (lm, tmp_path / "out")
+    with Group(tmp_path, 2, read_and_write, [given] * 2) as two:
         two.succeed()
     found = [json.loads((tmp_path / f"out-{i}.json").read_text()) for i in range(2)]
     for one in found:
         assert one["read"] == one["held"]
         # Norms are everywhere; of the rest each process needs its half.
         assert one["read"] < 0.52 * one["whole"]
-    from safetensors.numpy import load_file
-
     original = load_file(lm / "model.safetensors")
     written = {}
     files = sorted((tmp_path / "out").glob("*.safetensors"))

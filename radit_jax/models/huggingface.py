@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
 
 from radit_jax import processes, sharding
 from radit_jax.models.encoder import Encoder, EncoderConfig
@@ -336,7 +337,7 @@ def _theirs(leaf: jax.Array, row: Row, layer: int | None) -> np.ndarray | None:
 
 
 @jax.jit
-def _layer(stacked: jax.Array, layer: int) -> jax.Array:
+def _layer(stacked: jax.Array, layer: ArrayLike) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
