@@ -54,6 +54,9 @@ def base(stage: str, variant: str) -> ConfigDict:
     c = ConfigDict()
     c.stage = stage
     c.workdir = f"runs/{variant or 'paper'}"  # artifacts go here
+    # gs://BUCKET/FOLDER, or a folder: what is finished, and checkpoints, are kept there
+    # too, and fetched from there by a machine that has an empty disk; docs/launch.md.
+    c.mirror = ""
     c.seed = 0
     c.debug = False  # True: show where an error was raised, not only what it says
     c.compilation_cache = "~/.cache/radit_jax/xla"  # "": compile anew each time

@@ -25,13 +25,15 @@ MIDDLE = {
     "checkpoint",
     "tracker",
     "artifacts",
+    "mirror",
 }
 ALLOWED = {
     "main": {"stages", "loop"},
     "stages": MIDDLE,
     "inference": {"models", "losses"},
     "loop": {"checkpoint", "tracker"},
-    **{room: set() for room in MIDDLE - {"inference", "loop"}},
+    "mirror": {"artifacts"},
+    **{room: set() for room in MIDDLE - {"inference", "loop", "mirror"}},
     **{room: set() for room in BASE},
 }
 NEVER = {"torch", "tensorflow", "tensorflow_datasets", "clu", "haiku"}

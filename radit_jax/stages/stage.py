@@ -18,6 +18,7 @@ from radit_jax import artifacts, processes, sharding
 from radit_jax.artifacts import fingerprint
 from radit_jax.data.packages import cache_folder
 from radit_jax.data.registry import missing
+from radit_jax.mirror import reachable
 from radit_jax.models.gguf import convert_gguf
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,19 @@ def run(name: str, stage: Stage, config: ConfigDict) -> Path:
     one writes the manifest and gives the folder its name.
 
     Raises:
-        ValueError: a required field is not set, an input artifact is missing, or
-            processes have other settings or files.
+        ValueError: a required field is not set, an input artifact is missing, the
+            mirror cannot be reached, or processes have other settings or files.
     """
     check_required(name, stage.required, config)
     workdir = Path(config.workdir)
     inputs = stage.inputs(config) if callable(stage.inputs) else stage.inputs
+    # The first process fetches and copies, for all share the work folder.
+    mirrored = config.mirror and processes.first()
+    mirror = reachable(config.mirror) if mirrored else None
+    if mirror:
+        # What the recipes that bring their own inputs prepare is no artifact's input.
+        mirror.bring(workdir, ("inputs", *inputs))
+    processes.barrier(f"{name} has its inputs")
     plan = artifacts.plan(
         workdir,
         stage.output,
@@ -62,13 +70,20 @@ def run(name: str, stage: Stage, config: ConfigDict) -> Path:
     processes.check_same(
         f"stage {name}", {"settings": plan.settings, "inputs": plan.inputs}
     )
+    if mirror and not artifacts.is_complete(plan):
+        mirror.fetch(plan)
     if processes.from_first(artifacts.is_complete(plan)):
         log.info("%s: %s is complete, skipped", name, plan.folder)
+        if mirror:
+            mirror.keep(plan)
+        processes.wait_for(plan.folder / artifacts.MANIFEST)
         return plan.folder
     log.info("%s: making %s", name, plan.folder)
     start = time.perf_counter()
     if processes.first():
         artifacts.begin(plan)
+        if mirror:
+            mirror.attach(plan)
         text = config.to_json_best_effort(indent=2)
         (plan.partial / "config.json").write_text(text + "\n")
     processes.barrier(f"{name} begins")
@@ -81,6 +96,10 @@ def run(name: str, stage: Stage, config: ConfigDict) -> Path:
     seconds = time.perf_counter() - start
     if processes.first():
         artifacts.finish(plan, {**counts, "seconds": round(seconds, 1)})
+    if mirror:
+        # Even if there is one: it was damaged.
+        mirror.send(plan)
+        mirror.keep(plan)
     processes.barrier(f"{name} is finished")
     processes.wait_for(plan.folder / artifacts.MANIFEST)
     log.info("%s: done in %s: %s", name, clock(seconds), json.dumps(dict(counts)))

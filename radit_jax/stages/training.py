@@ -1,6 +1,7 @@
 """What both fine-tuning stages have around the training loop."""
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from radit_jax import optim, processes, sharding
+from radit_jax import mirror, optim, processes, sharding
 from radit_jax.checkpoint import PARAMS, Checkpoints
 from radit_jax.data.counting import CountingBatches, Streams, report
 from radit_jax.loop import Schedule, TrainState, fit
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 Model = TypeVar("Model")
 
 SEEN_FILE = "seen.json"  # what a run was made of, by dataset
+
+# What goes where the checkpoints go, so that the curves go on with them.
+TRACKED = (METRICS_FILE, "tensorboard")
 
 # Settings of training that must be at least 1.
 COUNTS = ("rows", "validation_examples", "keep", *Schedule._fields)
@@ -38,7 +42,11 @@ class Metric(NamedTuple):
     def checkpoints(self, folder: Path, keep: int = 1) -> Checkpoints:
         """Those of a stage's folder."""
         return Checkpoints(
-            folder / "checkpoints", keep, self.name, self.higher_is_better
+            mirror.checkpoints_of(folder),
+            keep,
+            self.name,
+            self.higher_is_better,
+            before_save=functools.partial(mirror.push, folder, TRACKED),
         )
 
 
@@ -84,6 +92,7 @@ def train(
     Raises:
         ValueError: an impossible schedule; and as ``fit``.
     """
+    mirror.pull(folder, TRACKED)
     with contextlib.closing(batches):
         learning_rate = optim.schedule(
             config.learning_rate,
