@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from radit_jax import processes, sharding
 from radit_jax.data.candidates import CandidateBatches, Questions
-from radit_jax.models import huggingface, safetensors
+from radit_jax.models import huggingface
 from radit_jax.models.llama import Llama
 from radit_jax.stages import lm_ft
 from radit_jax.stages.stage import run
@@ -441,20 +441,24 @@ def test_other_settings_on_one_process_are_told_to_all(group, tmp_path):
 
 
 def test_other_data_on_one_process_is_told_to_all(chains, group, tmp_path):
-    work = copied(chains[0], tmp_path / "work", *START[:3])
+    """Before the first stage, though a later one reads it."""
+    work = copied(chains[0], tmp_path / "work", *START[:2])
     hosts = [tmp_path / "host0", tmp_path / "host1"]
     for host in hosts:
         host.mkdir()
         shutil.copy(work / "inputs" / "train.jsonl", host / "train.jsonl")
     with (hosts[1] / "train.jsonl").open("a") as file:
         file.write('{"id": "x", "question": "Who?", "answers": ["me"]}\n')
-    fields = {"data.train": "train.jsonl", "cwds": hosts}
-    with group(tmp_path, 2, 1, recipe="retrieve", **fields, **{"mesh.data": 2}) as two:
-        refused(
-            two,
-            ["stage retrieve: processes differ. settings.files.train.train is "],
-        )
+    fields = {
+        "data.train": "train.jsonl",
+        "mesh.data": 2,
+        "stages": ("corpus", "index", "retrieve"),
+        "corpus.documents": work / "inputs" / "documents.jsonl",
+    }
+    with group(tmp_path, 2, 1, cwds=hosts, **fields) as two:
+        refused(two, ["inputs: processes differ. retrieve.files.train.train is "])
         assert "on process 1 (" in two.said(0)
+    assert not (work / "index").exists()
 
 
 def test_a_mesh_without_room_for_all_devices_is_told(group, tmp_path):
@@ -526,14 +530,19 @@ def test_an_error_of_one_process_ends_all_with_its_words(group, tmp_path, failin
 def read_and_write(lm, out):
     """Load a model onto a mesh of two processes, count, and write it."""
     processes.start(processes.Settings(start_seconds=60))
-    real, read = safetensors.Parts.__getitem__, []
+    read = []
 
-    def counting(self, cut):
-        part = real(self, cut)
-        read.append(part.nbytes)
-        return part
+    def counting(real, size):
+        def counted(*args):
+            found = real(*args)
+            read.append(size(found))
+            return found
 
-    safetensors.Parts.__getitem__ = counting
+        return counted
+
+    # The two ways in which bytes of arrays come from a file.
+    os.preadv = counting(os.preadv, int)
+    np.fromfile = counting(np.fromfile, lambda array: array.nbytes)
     with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
         model = huggingface.load_llama(lm)
         arrays = jax.tree.leaves(model)
