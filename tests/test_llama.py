@@ -16,9 +16,10 @@ from transformers.models.llama.modeling_llama import (
 
 from radit_jax import losses, optim, sharding
 from radit_jax.models import attention as attending
-from radit_jax.models import layers
+from radit_jax.models import attention_xla, layers
 from radit_jax.models.attention import Layout
 from radit_jax.models.llama import Llama, LlamaConfig
+from radit_jax.models.remat import REMAT_POLICIES
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 CONFIG = LlamaConfig(
@@ -383,7 +384,7 @@ def test_cached_equals_uncached(model, side):
 
 def test_long_rows_equal_the_same_row_read_into_a_cache(model):
     """Several blocks of attention, each of which skips what lies behind it."""
-    length = 2 * getattr(attending, "BLOCK", 128)
+    length = 2 * attention_xla.BLOCK
     tokens_BL = sharding.put_rows(tokens(1, length))
     segments_BL = np.where(np.arange(length) < 50, 1, 2)[None].astype(np.int32)
     positions_BL = np.arange(length)[None] - np.where(segments_BL == 1, 0, 50)
@@ -432,7 +433,7 @@ def expected(reference):
         return jax.tree.map(np.asarray, run(ours(reference), batch(), "none"))
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
 def test_remat_changes_no_gradient(model, expected, remat):
     found = run(model, batch(), remat)
     jax.tree.map(lambda a, b: close(a, b, 1e-6), found, expected)
