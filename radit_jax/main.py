@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from radit_jax.loop import Stopped
-from radit_jax.stages import evaluate, preview
+from radit_jax.stages import evaluate, plan, preview
 from radit_jax.stages.radit import STAGES, run_chain
 from radit_jax.stages.stage import run
 
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[[ConfigDict], object]] = {
     **{name: functools.partial(run, name, stage) for name, stage in STAGES.items()},
     "preview": preview.show,
     "evaluate": evaluate.show,
+    "plan": plan.show,
 }
 
 

@@ -19,6 +19,8 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 ROWS = (DATA, FSDP)
 ROWS_B = jax.P(ROWS)
 ROWS_BL = jax.P(ROWS, None)
+# Of micro-batches, one after the other.
+PARTS_BL = jax.P(None, ROWS, None)
 ACT_BLD = jax.P(ROWS, None, None)
 LOGITS_BLV = jax.P(ROWS, None, TENSOR)
 

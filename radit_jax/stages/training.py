@@ -87,27 +87,8 @@ def train(
         ValueError: an impossible schedule; and as ``fit``.
     """
     with contextlib.closing(batches):
-        learning_rate = optim.schedule(
-            config.learning_rate,
-            config.end_learning_rate,
-            config.warmup_steps,
-            config.steps,
-            config.schedule,
-        )
-        tx = optim.optimizer(
-            learning_rate,
-            config.beta1,
-            config.beta2,
-            config.eps,
-            config.weight_decay,
-            config.clip_norm,
-        )
-        state = TrainState(
-            step=jnp.int32(0),
-            params=params,
-            opt_state=jax.jit(tx.init)(params),
-            rng=jax.random.key_data(jax.random.key(seed)),
-        )
+        tx, learning_rate = optimizer(config)
+        state = initial_state(params, tx, seed)
         with (
             metric.checkpoints(folder, config.keep) as checkpoints,
             Tracker(
@@ -133,6 +114,40 @@ def train(
     plot_curves(folder / METRICS_FILE, folder / "curves.png")
     assert best is not None
     return {"steps": int(state.step), "best_step": best}
+
+
+def optimizer(config: ConfigDict) -> tuple[Any, Callable[[Array], Array]]:
+    """The optimizer of a stage's section, and its learning rate by step.
+
+    Raises:
+        ValueError: an impossible schedule.
+    """
+    learning_rate = optim.schedule(
+        config.learning_rate,
+        config.end_learning_rate,
+        config.warmup_steps,
+        config.steps,
+        config.schedule,
+    )
+    tx = optim.optimizer(
+        learning_rate,
+        config.beta1,
+        config.beta2,
+        config.eps,
+        config.weight_decay,
+        config.clip_norm,
+    )
+    return tx, learning_rate
+
+
+def initial_state(params: Any, tx: Any, seed: int) -> TrainState:
+    """What training starts from; moments are sharded as their weights are."""
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=jax.jit(tx.init)(params),
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )
 
 
 def write_seen(file: Path, batches: CountingBatches) -> None:

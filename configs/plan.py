@@ -1,0 +1,63 @@
+"""Command ``plan``: whether a stage's step fits a TPU slice, and how fast it can be.
+
+    python -m radit_jax.main --config configs/plan.py \\
+        --config.stage_config=lm_ft:llama_65b --config.slice=v5p:4x4x4
+
+Compiles the very step that the stage runs, for a slice that need not be attached, on
+the paper's settings (needs ``pip install "radit_jax[tpu]"``, no TPU and no weights).
+What it needs of a chip's HBM by kind, its FLOPs and collectives, and the least time
+that these can take by the chip's published figures, go to ``plan/`` and to the screen.
+Where it does not fit, other meshes, remat policies and micro-batches are tried.
+``--config.search=True`` tries them all the same and ranks them. ``:scale`` makes every
+plan of docs/scale.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import lm_ft, models
+
+# Recipe -> the slice it is planned for in docs/scale.md.
+RECIPES = {
+    "lm_ft:llama_7b": "v5p:2x2x2",
+    "lm_ft:llama_13b": "v5p:2x2x4",
+    "lm_ft:llama_33b": "v5p:2x4x4",
+    "lm_ft:llama_65b": "v5p:4x4x4",
+    "lm_ft:llama2_70b": "v5p:4x4x4",
+    "lm_ft:llama3_8b": "v5p:2x2x2",
+    "lm_ft:llama3_70b": "v5p:4x4x4",
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """What to plan; ``scale`` plans all of RECIPES.
+
+    Raises:
+        ValueError: an unknown variant.
+    """
+    if variant not in ("", "scale"):
+        raise ValueError(f"unknown variant :{variant}; there is :scale")
+    c = ConfigDict()
+    c.stage = "plan"
+    c.workdir = "runs/plan"
+    c.debug = False
+    c.compilation_cache = ""
+    c.stage_config = "lm_ft:llama_7b"  # STAGE:MODEL
+    c.slice = ""  # GENERATION:SHAPE, such as v5p:4x4x4; "": of the recipe
+    # Changes to the recipe; 0 and "": none.
+    c.mesh = ConfigDict({"data": 0, "fsdp": 0, "tensor": 0})
+    c.remat = ""
+    c.rows = 0
+    c.micro_batches = 0
+    c.search = False  # rank meshes, remat policies and micro-batches
+    c.minutes = 10  # for looking further than the recipe
+    c.all = variant == "scale"
+    c.folder = "plans"  # of :scale
+    c.page = "docs/scale.md"
+    c.recipes = ConfigDict()
+    for name, slice_ in RECIPES.items():
+        stage, model = name.split(":")
+        config = {"lm_ft": lm_ft}[stage].get_config(model)
+        c.recipes[name] = ConfigDict(
+            {"config": config, "shape": models.shape(model), "slice": slice_}
+        )
+    return c

@@ -1,0 +1,146 @@
+"""Plans in words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+GIB = 2**30
+
+
+def of_plan(plan: Mapping[str, Any]) -> str:
+    """One plan, for the screen and for ``plan.md``."""
+    hbm, flops, seconds = plan["hbm"], plan["flops"], plan["seconds"]
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
+    lines = [
+        f"# {plan['recipe']} on {plan['slice']} ({plan['chips']} chips)",
+        "",
+        f"Mesh {mesh}; "
+        + ", ".join(f"{name} {value}" for name, value in plan["settings"].items())
+        + ".",
+        f"Compiled in {plan['compile_seconds']:.0f} s by "
+        + " and ".join(f"{n} {v}" for n, v in plan["versions"].items())
+        + "; nothing was run. Times are bounds: no run is faster.",
+        "",
+        f"**{'It fits' if plan['fits'] else 'IT DOES NOT FIT'}**: "
+        f"{hbm['total'] / GIB:.2f} GiB of {hbm['usable'] / GIB:.2f} GiB that a program "
+        f"may have of a chip's {hbm['capacity'] / GIB:.0f} GiB."
+        + (f" The compiler: {plan['refused']}." if plan["refused"] else ""),
+        "",
+    ]
+    lines += table(
+        ("HBM of a chip", "GiB"),
+        [
+            (kind, f"{size / GIB:.2f}")
+            for kind, size in sorted(hbm["kinds"].items(), key=lambda kv: -kv[1])
+            if size >= GIB / 200
+        ],
+    )
+    lines += table(
+        ("largest buffers", "GiB", "array", "of"),
+        [
+            (b["kind"], f"{b['bytes'] / GIB:.2f}", b["shape"], _tail(b["name"]))
+            for b in hbm["largest"][:12]
+        ],
+    )
+    interconnect = sum(seconds["interconnect"].values())
+    lines += table(
+        ("work of a chip in a step", "", "least seconds"),
+        [
+            (
+                "FLOPs"
+                + (f" ({_big(flops['kernels'])} in kernels)" if flops["kernels"] else ""),
+                _big(flops["per_chip"]),
+                f"{seconds['compute']:.3f}",
+            ),
+            ("HBM bytes", _big(plan["hbm_bytes"]), f"{seconds['hbm']:.3f}"),
+            *(
+                (
+                    f"interconnect, {axis}",
+                    _big(
+                        sum(
+                            c["wire"] for c in plan["collectives"] if c["axis"] == axis
+                        )
+                    )
+                    + "B",
+                    f"{time:.3f}",
+                )
+                for axis, time in seconds["interconnect"].items()
+                if time >= 0.0005
+            ),
+        ],
+    )
+    lines += [
+        f"Recompute factor {flops['recompute']:.3f}: FLOPs over the model's own.",
+        f"Interconnect {interconnect:.3f} s, "
+        f"{100 * interconnect / seconds['compute']:.0f} % of compute.",
+        "",
+        f"**At most {100 * plan['utilisation']:.1f} % of peak** (MFU), "
+        f"{plan['items_per_second']:,.0f} {plan['unit']}/s, a step in "
+        f"{seconds['step']:.3f} s, all {plan['steps']:,.0f} steps in "
+        f"{plan['hours']:.2f} hours, if all the work above overlaps perfectly;",
+        f"{100 * plan['utilisation_one_by_one']:.1f} % and {seconds['one_by_one']:.3f} s "
+        "if the interconnect never hides behind compute.",
+        "",
+    ]
+    lines += table(
+        ("collective", "axis", "chips", "MB", "times", "seconds", "of"),
+        [
+            (
+                c["kind"],
+                c["axis"],
+                c["chips"],
+                f"{c['bytes'] / 1e6:.1f}",
+                c["times"],
+                f"{c['seconds']:.4f}",
+                _tail(c["scope"]),
+            )
+            for c in plan["collectives"][:16]
+        ],
+    )
+    if len(plan.get("tried", ())) > 1:
+        lines += table(
+            ("tried", "GiB", "fits", "at most", "step, s", "not overlapped, s"),
+            [
+                (
+                    t["choice"],
+                    f"{t['total'] / GIB:.1f}",
+                    "yes" if t["fits"] else "no",
+                    f"{100 * t['utilisation']:.1f} %",
+                    f"{t['step']:.3f}",
+                    f"{t['one_by_one']:.3f}",
+                )
+                for t in plan["tried"]
+            ],
+        )
+        if plan["fits"]:
+            flags = next(t["flags"] for t in plan["tried"] if t["fits"])
+            lines += [f"Run it with `{flags}`.", ""]
+    return "\n".join(lines)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A Markdown table, columns padded so that it reads well on a screen too."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return [lines[0], rule, *lines[1:], ""]
+
+
+def _big(value: float) -> str:
+    for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if value >= 10**power:
+            return f"{value / 10**power:.2f} {letter}"
+    return f"{value:.0f} "
+
+
+def _tail(scope: str) -> str:
+    """The end of a scope, without what every scope has."""
+    parts = [
+        part
+        for part in scope.split("/")
+        if part not in ("while", "body", "closed_call", "jit(step)")
+    ]
+    return "/".join(parts)[-60:]
