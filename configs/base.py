@@ -67,6 +67,8 @@ def base(stage: str, variant: str) -> ConfigDict:
     c.debug = False  # True: show where an error was raised, not only what it says
     c.compilation_cache = "~/.cache/radit_jax/xla"  # "": compile anew each time
     c.dtype = "auto"  # of compute: float32 on CPU, bfloat16 on accelerators
+    # Kernel of attention: "auto", "splash" (TPU), "cudnn" (CUDA) or "xla" (everywhere).
+    c.attention = "auto"
     c.lm = ""  # Hugging Face folder or GGUF file of a Llama-family model
     c.encoder = ""  # folder of the query encoder
     c.context_encoder = ""  # folder of the context encoder; "": the same folder

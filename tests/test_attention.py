@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from radit_jax import sharding
-from radit_jax.models import attention as attending
+from radit_jax.models import attention_xla
 from radit_jax.models.attention import (
     Layout,
     attention,
     attention_mask,
     heads_first,
 )
-from radit_jax.models.llama import REMAT_POLICIES
+from radit_jax.models.remat import REMAT_POLICIES
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def gradients(attend, q, k, v, d_out):
 def test_packed_rows_and_their_gradients_are_those_of_plain_attention(
     monkeypatch, groups, block
 ):
-    monkeypatch.setattr(attending, "BLOCK", block)
+    monkeypatch.setattr(attention_xla, "BLOCK", block)
     layout = packed(32)
     mask = attention_mask(layout, layout, causal=True)
     q, k, v, d_out = inputs(32, 32, 6, groups)

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import (
 
 from radit_jax import losses, optim, sharding
 from radit_jax.models import attention as attending
-from radit_jax.models import layers
+from radit_jax.models import attention_xla, layers
 from radit_jax.models.attention import Layout
 from radit_jax.models.llama import Llama, LlamaConfig
 
@@ -383,7 +383,7 @@ def test_cached_equals_uncached(model, side):
 
 def test_long_rows_equal_the_same_row_read_into_a_cache(model):
     """Several blocks of attention, each of which skips what lies behind it."""
-    length = 2 * getattr(attending, "BLOCK", 128)
+    length = 2 * attention_xla.BLOCK
     tokens_BL = sharding.put_rows(tokens(1, length))
     segments_BL = np.where(np.arange(length) < 50, 1, 2)[None].astype(np.int32)
     positions_BL = np.arange(length)[None] - np.where(segments_BL == 1, 0, 50)

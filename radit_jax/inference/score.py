@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from radit_jax import losses
 from radit_jax.batch import Packed
-from radit_jax.models.attention import Layout
+from radit_jax.models.attention import XLA, Kernel, Layout
 from radit_jax.models.layers import pick
 from radit_jax.models.llama import Llama
 
@@ -17,6 +17,7 @@ def target_log_probabilities(
     prefix_ids_BL: Int[Array, "B L"] | None = None,
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
+    kernel: Kernel = XLA,
 ) -> Float[Array, "B T"]:
     """Log-probability (nats) of the token that follows each site, in float32.
 
@@ -29,8 +30,9 @@ def target_log_probabilities(
         prefix_ids_BL: where segments share a beginning, see ``Layout``.
         dtype: of compute.
         remat: as of ``Llama.hidden``.
+        kernel: of attention.
     """
     layout = Layout(batch.segment_ids_BL, batch.positions_BL, prefix_ids_BL)
-    hidden_BLD = model.hidden(batch.tokens_BL, layout, dtype, remat)
+    hidden_BLD = model.hidden(batch.tokens_BL, layout, dtype, remat, kernel)
     logits_BTV = model.logits(pick(hidden_BLD, batch.sites_BT))
     return losses.token_log_probabilities(logits_BTV, batch.targets_BT)

@@ -1,32 +1,109 @@
-"""The one door to attention.
+"""The one door to attention; the rooms behind it are ``attention_*``.
 
 Who may attend to whom is said in one way everywhere: equal, non-zero segment ids,
 and, for a causal model, a key position not after the query's. Packing, padding on
 either side and the unwritten part of a KV cache are all cases of it. Several segments
 may also go on from one beginning that stands in the row once.
+
+Which kernel computes it is chosen once per run (``choose_kernel``) and handed down.
 """
 
 import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-# Finite, so that a row that may attend to nothing (padding) stays finite too.
-MASKED = -1e30
-# Queries per block of causal attention: half the scores of a long row are never made.
-BLOCK = 128
-# Name of what a rematerialised layer should keep, so that its backward pass need not
-# run attention forward again.
-SAVED = "attention"
-# What a backward pass keeps: matrix products and attention, while the element-wise
-# work between them is done again.
-KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(SAVED),
-)
+from radit_jax import sharding
+from radit_jax.models import attention_cudnn, attention_splash, attention_xla
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What computes the attention of whole rows.
+
+    Attributes:
+        name: one of KERNELS.
+        interpret: of ``splash``: run it as plain JAX, for tests without a TPU.
+    """
+
+    name: str = "xla"
+    interpret: bool = False
+
+
+XLA = Kernel()
+KERNELS = {
+    "xla": "plain JAX, on every backend",
+    "splash": "the fused Pallas kernel, on TPUs",
+    "cudnn": "the fused kernel of cuDNN, on NVIDIA GPUs",
+}
+AUTO = "auto"
+# What ``auto`` means on a platform, where the kernel can run.
+FUSED = {"tpu": "splash", "gpu": "cudnn"}
+# A kernel's rows are filled up to a multiple of this.
+MULTIPLES = {"splash": attention_splash.MULTIPLE, "cudnn": attention_cudnn.MULTIPLE}
+
+
+def obstacle(name: str, platform: str, dtype: DTypeLike, head_size: int) -> str | None:
+    """Why a kernel cannot run, in words that say what would help; None: it can.
+
+    Args:
+        name: of the kernel.
+        platform: that programs are compiled for: ``cpu``, ``gpu`` or ``tpu``.
+        dtype: of compute.
+        head_size: K of the model.
+    """
+    if name in FUSED.values() and FUSED.get(platform) != name:
+        home = next(where for where, kernel in FUSED.items() if kernel == name)
+        return f"it runs on {home} only, and this is {platform}"
+    if name != "cudnn":
+        return None
+    if jnp.dtype(dtype) not in attention_cudnn.DTYPES:
+        kinds = " or ".join(str(kind) for kind in attention_cudnn.DTYPES)
+        return f"it computes in {kinds}, not {jnp.dtype(dtype)}; set dtype=bfloat16"
+    most, step = attention_cudnn.MOST_HEAD_SIZE, attention_cudnn.HEAD_SIZES
+    if head_size > most or head_size % step:
+        return f"it takes heads of a multiple of {step} up to {most}, not {head_size}"
+    return None
+
+
+def choose_kernel(
+    wanted: str, platform: str, dtype: DTypeLike, head_size: int
+) -> Kernel:
+    """The kernel of a run, and a line in the log that says which and why.
+
+    Args:
+        wanted: the setting ``attention``: ``auto`` or one of KERNELS.
+        platform: as of ``obstacle``.
+        dtype: as of ``obstacle``.
+        head_size: as of ``obstacle``.
+
+    Raises:
+        ValueError: an unknown kernel, or one that cannot run here.
+    """
+    if wanted not in (AUTO, *KERNELS):
+        raise ValueError(
+            f"attention = {wanted!r} is not one of {AUTO}, {', '.join(KERNELS)}"
+        )
+    name = FUSED.get(platform, XLA.name) if wanted == AUTO else wanted
+    reason = obstacle(name, platform, dtype, head_size)
+    if reason and wanted != AUTO:
+        raise ValueError(
+            f"attention = {wanted} cannot run: {reason}. attention={XLA.name} runs "
+            f"everywhere, and attention={AUTO} takes what is fastest here"
+        )
+    if reason:
+        log.info("attention: %s; %s cannot run: %s", XLA.name, name, reason)
+        return XLA
+    log.info("attention: %s, %s", name, KERNELS[name])
+    return Kernel(name)
 
 
 class Layout(NamedTuple):
@@ -59,10 +136,14 @@ def attention(
     mask_BLM: Bool[Array, "B L M"],
     in_order: bool = False,
 ) -> Float[Array, "B L H K"]:
-    """Grouped-query attention, scores and softmax in float32.
+    """Grouped-query attention under any mask, by XLA on every backend.
 
     Query head h reads key/value head ``h // (H / G)``, as in Llama checkpoints. A query
     that may attend to nothing (padding) gets some average and passes no gradient.
+
+    A few queries against a cache stay here everywhere: their work is reading the
+    cache once, which a fused kernel cannot shorten, and theirs are blocks of 128
+    queries and more.
 
     Args:
         q_BLHK: queries.
@@ -72,129 +153,88 @@ def attention(
         in_order: queries and keys are the same tokens and the mask is causal along
             the row, so that keys behind a block of queries need not be looked at.
     """
-    B, L, H, K = q_BLHK.shape
-    rows, length, head, within = jax.typeof(q_BLHK).sharding.spec
-    if jax.typeof(k_BGMK).sharding.spec[1] != head:
-        # Key/value heads that do not divide over the tensor axis are kept whole;
-        # repeat them per query head, each device keeping its own.
-        k_BGMK, v_BGMK = (
-            jax.sharding.reshard(
-                jnp.repeat(x, H // x.shape[1], axis=1), jax.P(rows, head, None, within)
-            )
-            for x in (k_BGMK, v_BGMK)
+    k_BGMK, v_BGMK = _split_like(q_BLHK, k_BGMK, v_BGMK)
+    return attention_xla.attend(q_BLHK, k_BGMK, v_BGMK, mask_BLM, in_order)
+
+
+# Queries [B, L, H, K], keys and values [B, G, L, K] to what is read [B, L, H, K].
+Attend = Callable[[Array, Array, Array], Array]
+
+
+def causal_attention(layout: Layout, kernel: Kernel = XLA) -> Attend:
+    """Attention of packed rows within themselves, made ready once for all layers.
+
+    The tokens of a segment stand in the order of their positions, and after the
+    beginning that they go on from. Padding gets something finite, which must not be
+    used.
+
+    Args:
+        layout: of queries and keys.
+        kernel: what computes it.
+    """
+    if kernel.name == "xla":
+        mask_BLM = attention_mask(layout, layout, causal=True)
+        return functools.partial(attention, mask_BLM=mask_BLM, in_order=True)
+    L = layout.segment_ids_BL.shape[1]
+    more = -L % MULTIPLES[kernel.name]
+    segments_BL, prefixes_BL = (
+        None
+        if ids_BL is None
+        else jax.sharding.reshard(
+            jnp.pad(ids_BL, ((0, 0), (0, more))), sharding.ROWS_BL
         )
-    G = k_BGMK.shape[1]
-    # The sharding is said because JAX would infer the tensor axis to be the queries'
-    # of a group when there is a single key/value head.
-    q_BLGRK = jnp.reshape(
-        q_BLHK * K**-0.5,
-        (B, L, G, H // G, K),
-        out_sharding=jax.P(rows, length, head, None, within),
+        for ids_BL in (layout.segment_ids_BL, layout.prefix_ids_BL)
     )
-    out_BGRLK = _attend(
-        q_BLGRK.transpose(0, 2, 3, 1, 4), k_BGMK, v_BGMK, mask_BLM, in_order
+    assert segments_BL is not None
+    room: Attend
+    if kernel.name == "splash":
+        room = functools.partial(
+            attention_splash.attend,
+            segment_ids_BL=segments_BL,
+            prefix_ids_BL=prefixes_BL,
+            interpret=kernel.interpret,
+        )
+    else:
+        # Padding sees padding: cuDNN wants a key for every query.
+        mask_BLM = segments_BL[:, :, None] == segments_BL[:, None, :]
+        if prefixes_BL is not None:
+            mask_BLM |= (prefixes_BL[:, :, None] == segments_BL[:, None, :]) & (
+                prefixes_BL[:, :, None] != 0
+            )
+        room = functools.partial(attention_cudnn.attend, mask_BLM=mask_BLM)
+
+    def attend(q_BLHK: Array, k_BGLK: Array, v_BGLK: Array) -> Array:
+        k_BGLK, v_BGLK = _split_like(q_BLHK, k_BGLK, v_BGLK)
+        q_BLHK = jnp.pad(q_BLHK, ((0, 0), (0, more), (0, 0), (0, 0)))
+        k_BGLK, v_BGLK = (
+            jnp.pad(x_BGLK, ((0, 0), (0, 0), (0, more), (0, 0)))
+            for x_BGLK in (k_BGLK, v_BGLK)
+        )
+        return room(q_BLHK, k_BGLK, v_BGLK)[:, :L]
+
+    return attend
+
+
+def _split_like(q_BLHK: Array, k_BGMK: Array, v_BGMK: Array) -> tuple[Array, Array]:
+    """Keys and values with their heads split over devices as the queries' are.
+
+    Key/value heads that do not divide over the tensor axis are kept whole; they are
+    repeated per query head here, each device keeping its own.
+    """
+    rows, _, head, within = jax.typeof(q_BLHK).sharding.spec
+    if jax.typeof(k_BGMK).sharding.spec[1] == head:
+        return k_BGMK, v_BGMK
+    repeats = q_BLHK.shape[2] // k_BGMK.shape[1]
+    k_BGMK, v_BGMK = (
+        jax.sharding.reshard(
+            jnp.repeat(x_BGMK, repeats, axis=1), jax.P(rows, head, None, within)
+        )
+        for x_BGMK in (k_BGMK, v_BGMK)
     )
-    return jnp.reshape(
-        out_BGRLK.transpose(0, 3, 1, 2, 4),
-        (B, L, H, K),
-        out_sharding=jax.P(rows, length, head, within),
-    )
+    return k_BGMK, v_BGMK
 
 
 def heads_first(x_BMGK: Float[Array, "B M G K"]) -> Float[Array, "B G M K"]:
     """Keys or values with heads before tokens: products are plain batches of matrices
     then."""
     return x_BMGK.transpose(0, 2, 1, 3)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(
-    q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask_BLM: Array, in_order: bool
-) -> Array:
-    """Attention with scaled queries and heads first; R query heads share a key head."""
-    return _attend_forward(q_BGRLK, k_BGMK, v_BGMK, mask_BLM, in_order)[0]
-
-
-def _blocks(L: int, M: int, in_order: bool) -> list[tuple[int, int, int]]:
-    """(first query, end of queries, end of keys) of each block."""
-    size = BLOCK if in_order and L % BLOCK == 0 else L
-    ends = range(size, L + 1, size)
-    return [(end - size, end, end if in_order else M) for end in ends]
-
-
-def _scores(q_BGRLK: Array, k_BGMK: Array) -> Array:
-    """Float32 scores [B, G, R, L, M]."""
-    B, G, R, L, K = q_BGRLK.shape
-    return jnp.einsum(
-        "BGNK,BGMK->BGNM",
-        q_BGRLK.reshape(B, G, R * L, K),
-        k_BGMK,
-        preferred_element_type=jnp.float32,
-    ).reshape(B, G, R, L, -1)
-
-
-def _attend_forward(
-    q_BGRLK: Array, k_BGMK: Array, v_BGMK: Array, mask_BLM: Array, in_order: bool
-) -> tuple[Array, tuple[Array, ...]]:
-    B, G, R, L, K = q_BGRLK.shape
-    outs, normalisers = [], []
-    for start, stop, keys in _blocks(L, k_BGMK.shape[2], in_order):
-        mask = mask_BLM[:, None, None, start:stop, :keys]
-        scores = _scores(q_BGRLK[:, :, :, start:stop], k_BGMK[:, :, :keys])
-        scores = jnp.where(mask, scores, MASKED)
-        highest = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - highest)
-        total = weights.sum(axis=-1, keepdims=True)
-        out = jnp.einsum(
-            "BGNM,BGMK->BGNK",
-            weights.astype(v_BGMK.dtype).reshape(B, G, R * (stop - start), keys),
-            v_BGMK[:, :, :keys],
-            preferred_element_type=jnp.float32,
-        ).reshape(B, G, R, stop - start, K)
-        outs.append((out / total).astype(v_BGMK.dtype))
-        normalisers.append((highest + jnp.log(total))[..., 0])
-    out_BGRLK = checkpoint_name(jnp.concatenate(outs, axis=3), SAVED)
-    normaliser_BGRL = checkpoint_name(jnp.concatenate(normalisers, axis=3), SAVED)
-    return out_BGRLK, (q_BGRLK, k_BGMK, v_BGMK, mask_BLM, out_BGRLK, normaliser_BGRL)
-
-
-def _attend_backward(
-    in_order: bool, saved: tuple[Array, ...], d_out_BGRLK: Array
-) -> tuple[Array, Array, Array, None]:
-    """Weights are made again from scores and normalisers, as FlashAttention does.
-
-    (Dao et al. 2022, section 3.1 and appendix B.2.)
-    """
-    q_BGRLK, k_BGMK, v_BGMK, mask_BLM, out_BGRLK, normaliser_BGRL = saved
-    B, G, R, L = normaliser_BGRL.shape
-    M = k_BGMK.shape[2]
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    # Of the softmax: sum over keys of weight times its gradient.
-    mean_BGRL = product("BGRLK,BGRLK->BGRL", d_out_BGRLK, out_BGRLK)
-    dq, dk, dv = [], [], []
-    for start, stop, keys in _blocks(L, M, in_order):
-        flat = (B, G, R * (stop - start), -1)
-        q = q_BGRLK[:, :, :, start:stop]
-        d_out = d_out_BGRLK[:, :, :, start:stop].reshape(flat)
-        k, v = k_BGMK[:, :, :keys], v_BGMK[:, :, :keys]
-        log_weights = _scores(q, k) - normaliser_BGRL[:, :, :, start:stop, None]
-        mask = mask_BLM[:, None, None, start:stop, :keys]
-        weights = jnp.where(mask, jnp.exp(log_weights), 0.0)
-        d_weights = product("BGNK,BGMK->BGNM", d_out, v).reshape(weights.shape)
-        d_scores = weights * (d_weights - mean_BGRL[:, :, :, start:stop, None])
-        d_scores = d_scores.astype(q.dtype).reshape(flat)
-        weights = weights.astype(q.dtype).reshape(flat)
-        dq.append(product("BGNM,BGMK->BGNK", d_scores, k).reshape(q.shape))
-        # Keys behind the block get nothing from it.
-        width = ((0, 0), (0, 0), (0, M - keys), (0, 0))
-        dk.append(jnp.pad(product("BGNM,BGNK->BGMK", d_scores, q.reshape(flat)), width))
-        dv.append(jnp.pad(product("BGNM,BGNK->BGMK", weights, d_out), width))
-    return (
-        jnp.concatenate(dq, axis=3).astype(q_BGRLK.dtype),
-        functools.reduce(jnp.add, dk).astype(k_BGMK.dtype),
-        functools.reduce(jnp.add, dv).astype(v_BGMK.dtype),
-        None,
-    )
-
-
-_attend.defvjp(_attend_forward, _attend_backward)

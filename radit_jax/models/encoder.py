@@ -17,13 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from radit_jax import sharding
 from radit_jax.models.attention import (
-    KEEP_PRODUCTS,
     Layout,
     attention,
     attention_mask,
     heads_first,
 )
 from radit_jax.models.layers import constant, layer_norm, linear, pick, use, weight
+from radit_jax.models.remat import KEEP_PRODUCTS
 
 POOLINGS = ("cls", "mean")
 

@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int
 
 from radit_jax import sharding
 from radit_jax.models.attention import (
-    KEEP_PRODUCTS,
+    XLA,
+    Kernel,
     Layout,
     attention,
     attention_mask,
+    causal_attention,
     heads_first,
 )
 from radit_jax.models.layers import (
@@ -32,12 +34,7 @@ from radit_jax.models.layers import (
     use,
     weight,
 )
-
-REMAT_POLICIES = {
-    "none": None,
-    "dots": KEEP_PRODUCTS,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+from radit_jax.models.remat import REMAT_POLICIES
 
 
 @dataclass(frozen=True)
@@ -147,6 +144,7 @@ class Llama(nnx.Module):
         layout: Layout,
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
+        kernel: Kernel = XLA,
     ) -> Float[Array, "B L D"]:
         """Final hidden states of packed or padded rows, normed and ready for the head.
 
@@ -154,10 +152,10 @@ class Llama(nnx.Module):
             tokens_BL: token ids.
             layout: segment ids (0: padding) and positions of the tokens.
             dtype: compute dtype; weights stay float32 masters.
-            remat: ``none`` keeps all activations, ``dots`` keeps the outputs of matrix
-                products, ``full`` keeps the layer inputs only.
+            remat: one of REMAT_POLICIES.
+            kernel: of attention.
         """
-        return self._read(tokens_BL, layout, dtype, remat, keep=False)[0]
+        return self._read(tokens_BL, layout, dtype, remat, kernel, keep=False)[0]
 
     def _read(
         self,
@@ -165,19 +163,19 @@ class Llama(nnx.Module):
         layout: Layout,
         dtype: DTypeLike,
         remat: str,
+        kernel: Kernel,
         keep: bool,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Hidden states, and each layer's keys and values [S, B, G, L, K] if kept."""
         config = self.config
-        mask_BLM = attention_mask(layout, layout, causal=True)
+        attend = causal_attention(layout, kernel)
         tables = rope_tables(
             config.rope, config.head_size, layout.positions_BL, tokens_BL.shape[1]
         )
 
         def step(x_BLD: Array, block: Block):
             q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
-            mixed = attention(q, k, v, mask_BLM, in_order=True)
-            x_BLD = block.finish(x_BLD, mixed, config.norm_eps)
+            x_BLD = block.finish(x_BLD, attend(q, k, v), config.norm_eps)
             return x_BLD, (k, v) if keep else None
 
         if remat != "none":
@@ -205,6 +203,7 @@ class Llama(nnx.Module):
         layout: Layout,
         length: int,
         dtype: DTypeLike = jnp.float32,
+        kernel: Kernel = XLA,
     ) -> tuple[Float[Array, "B L D"], Cache]:
         """Read whole prompts, padded on either side.
 
@@ -212,7 +211,9 @@ class Llama(nnx.Module):
             Hidden states as ``hidden`` gives them, and a cache of ``length`` slots per
             row, of which the first L are written.
         """
-        hidden_BLD, kept = self._read(tokens_BL, layout, dtype, "none", keep=True)
+        hidden_BLD, kept = self._read(
+            tokens_BL, layout, dtype, "none", kernel, keep=True
+        )
         assert kept is not None
         more = length - tokens_BL.shape[1]
         keys, values = (
@@ -237,6 +238,10 @@ class Llama(nnx.Module):
         A decoding step is a call with one token per row. Slots are shared by all rows,
         positions are each row's own, so what was read before may be padded on either
         side.
+
+        Attention is XLA's on every backend. Few queries meet all slots: the time goes
+        into reading the cache once, which no kernel can spare, and the fused kernels
+        would fill a single query up to a block of 128.
 
         Returns:
             Final hidden states of the tokens, and the cache with them written.

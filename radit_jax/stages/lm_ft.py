@@ -25,12 +25,14 @@ from radit_jax.data.registry import DATASETS
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.inference.score import target_log_probabilities
 from radit_jax.loop import TrainState
+from radit_jax.models.attention import XLA, Kernel, choose_kernel
 from radit_jax.models.huggingface import (
     check_vocabulary,
     load_llama,
     read_llama_config,
 )
-from radit_jax.models.llama import REMAT_POLICIES, Llama, LlamaConfig
+from radit_jax.models.llama import Llama, LlamaConfig
+from radit_jax.models.remat import REMAT_POLICIES
 from radit_jax.stages import hardware
 from radit_jax.stages.retrieve import chosen_datasets, read_retrieved
 from radit_jax.stages.stage import (
@@ -67,10 +69,12 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
 
 
 def answer_loss(
-    model: Llama, batch: Packed, dtype: jnp.dtype, remat: str
+    model: Llama, batch: Packed, dtype: jnp.dtype, remat: str, kernel: Kernel = XLA
 ) -> dict[str, Float[Array, ""]]:
     """Summed negative log-likelihood of a batch's targets, and their number."""
-    log_BT = target_log_probabilities(model, batch, dtype=dtype, remat=remat)
+    log_BT = target_log_probabilities(
+        model, batch, dtype=dtype, remat=remat, kernel=kernel
+    )
     return {
         "nll": -jnp.sum(log_BT * batch.weights_BT),
         "targets": jnp.sum(batch.weights_BT),
@@ -79,13 +83,17 @@ def answer_loss(
 
 
 def make_step(
-    tx: Any, learning_rate: Callable[[Array], Array], dtype: jnp.dtype, remat: str
+    tx: Any,
+    learning_rate: Callable[[Array], Array],
+    dtype: jnp.dtype,
+    remat: str,
+    kernel: Kernel = XLA,
 ) -> Callable[[TrainState, Packed], tuple[TrainState, dict[str, Array]]]:
     """The jitted optimizer step; a batch's arrays are [micro-batches, rows, ...]."""
 
     def gradient(model: Llama, part: Packed) -> tuple[dict[str, Array], Llama]:
         def loss(model: Llama) -> tuple[Array, dict[str, Array]]:
-            sums = answer_loss(model, part, dtype, remat)
+            sums = answer_loss(model, part, dtype, remat, kernel)
             return sums["nll"], sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model)
@@ -117,10 +125,12 @@ def place(batch: Packed) -> Packed:
 
 
 def validation(
-    batches: list[Packed], dtype: jnp.dtype
+    batches: list[Packed], dtype: jnp.dtype, kernel: Kernel = XLA
 ) -> Callable[[Llama], dict[str, float]]:
     """Negative log-likelihood per target token over fixed batches, as a function."""
-    sums = jax.jit(functools.partial(answer_loss, dtype=dtype, remat="none"))
+    sums = jax.jit(
+        functools.partial(answer_loss, dtype=dtype, remat="none", kernel=kernel)
+    )
 
     def validate(model: Llama) -> dict[str, float]:
         nll = targets = 0.0
@@ -255,6 +265,12 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     check_settings(lm_ft)
     tokenizer = load_tokenizer(lm_folder(config))
     dtype = compute_dtype(config)
+    kernel = choose_kernel(
+        config.attention,
+        jax.default_backend(),
+        dtype,
+        read_llama_config(lm_folder(config)).head_size,
+    )
     batches, fixed = prepare_data(config, tokenizer)
     model = load_llama(lm_folder(config))
     check_vocabulary(tokenizer, model.config)
@@ -277,10 +293,10 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         model,
         config.seed,
         METRIC,
-        functools.partial(make_step, dtype=dtype, remat=lm_ft.remat),
+        functools.partial(make_step, dtype=dtype, remat=lm_ft.remat, kernel=kernel),
         batches,
         place,
-        validation(fixed, dtype),
+        validation(fixed, dtype, kernel),
         flops_per_token=flops_per_token(
             model.config, useful / segments, float(first.weights_BT.sum()) / useful
         ),
