@@ -67,8 +67,8 @@ class Cost:
     collectives: list[Collective] = dataclasses.field(default_factory=list)
 
 
-# FLOPs of a Pallas kernel, from its name and the arrays it reads and writes.
-KernelFlops = Callable[[str, Sequence[Array], Sequence[Array]], float]
+# FLOPs of a Pallas kernel, from its call and the arrays it reads.
+KernelFlops = Callable[[Instruction, Sequence[Array]], float]
 
 
 def count(
@@ -159,9 +159,7 @@ class _Counter:
             self.cost.flops += times * _convolution_flops(instruction, within)
         elif opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
             read = [within.by_name[name].arrays for name in instruction.operands]
-            flops = self.kernel_flops(
-                instruction.scope, [a for part in read for a in part], instruction.arrays
-            )
+            flops = self.kernel_flops(instruction, [a for part in read for a in part])
             self.cost.flops += times * flops
             self.cost.kernel_flops += times * flops
         elif opcode.removesuffix("-start") in COLLECTIVES:

@@ -176,7 +176,7 @@ class Module:
         self.computations: dict[str, Computation] = {}
         entry = None
         name: str | None = None
-        lines: list[Instruction] = []
+        lines: list[str] = []
         for line in text.splitlines():
             if name is None:
                 head = re.match(r"(ENTRY )?%?([^\s(]+) \(.*\{$", line)
@@ -184,10 +184,14 @@ class Module:
                     name, lines = head[2], []
                     entry = name if head[1] else entry
             elif line == "}":
-                self.computations[name] = Computation(name, lines)
+                found = [_instruction(line) for line in lines]
+                self.computations[name] = Computation(name, found)
                 name = None
-            elif " = " in line:
-                lines.append(_instruction(line))
+            elif line.startswith("  "):
+                lines.append(line)
+            else:
+                # What a kernel says of itself may have line breaks.
+                lines[-1] += line
         if entry is None:
             raise HloError("no entry computation; is this the text of a module?")
         self.entry = self.computations[entry]

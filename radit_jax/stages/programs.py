@@ -15,13 +15,15 @@ from ml_collections import ConfigDict
 
 from radit_jax import sharding
 from radit_jax.batch import Packed
+from radit_jax.models.attention import choose_kernel
 from radit_jax.models.layers import Rope
 from radit_jax.models.llama import Llama, LlamaConfig
 from radit_jax.planning import aot
 from radit_jax.stages import lm_ft
 from radit_jax.stages.training import initial_state, optimizer
 
-# Of compute, on every accelerator that is planned for.
+PLATFORM = "tpu"
+# Of compute there, whatever the recipe's "auto" means on this machine.
 DTYPE = jnp.dtype(jnp.bfloat16)
 
 WEIGHTS, OPTIMIZER, BATCH = "weights", "optimizer state", "batch and counters"
@@ -73,7 +75,8 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         state = jax.eval_shape(
             lambda key: initial_state(Llama(model, key), tx, config.seed), key
         )
-        step = lm_ft.make_step(tx, learning_rate, DTYPE, section.remat)
+        kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
+        step = lm_ft.make_step(tx, learning_rate, DTYPE, section.remat, kernel)
 
     def of(length: int, dtype: Any = jnp.int32) -> Any:
         return aot.array(mesh, (parts, part, length), dtype, sharding.PARTS_BL)
