@@ -14,9 +14,10 @@ plan of docs/scale.md.
 
 from ml_collections import ConfigDict
 
-from configs import lm_ft, models
+from configs import index, lm_ft, models, r_ft, retrieve
+from configs.base import base
 
-# Recipe -> the slice it is planned for in docs/scale.md.
+# STAGE:MODEL -> the slice it is planned for in docs/scale.md.
 RECIPES = {
     "lm_ft:llama_7b": "v5p:2x2x2",
     "lm_ft:llama_13b": "v5p:2x2x4",
@@ -25,7 +26,12 @@ RECIPES = {
     "lm_ft:llama2_70b": "v5p:4x4x4",
     "lm_ft:llama3_8b": "v5p:2x2x2",
     "lm_ft:llama3_70b": "v5p:4x4x4",
+    "r_ft:dragon_plus": "v5e:4x4",
+    "embed:dragon_plus": "v5e:2x4",
+    "search:wiki_and_web": "v5e:8x8",
 }
+# The paper's corpus: 37M passages of Wikipedia, 362M of CommonCrawl (section 3.1).
+CORPUS = {"passages": 399_000_000}
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -36,11 +42,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """
     if variant not in ("", "scale"):
         raise ValueError(f"unknown variant :{variant}; there is :scale")
-    c = ConfigDict()
-    c.stage = "plan"
+    c = base("plan", "")
     c.workdir = "runs/plan"
-    c.debug = False
-    c.compilation_cache = ""
     c.stage_config = "lm_ft:llama_7b"  # STAGE:MODEL
     c.slice = ""  # GENERATION:SHAPE, such as v5p:4x4x4; "": of the recipe
     # Changes to the recipe; 0 and "": none.
@@ -55,9 +58,25 @@ def get_config(variant: str = "") -> ConfigDict:
     c.page = "docs/scale.md"
     c.recipes = ConfigDict()
     for name, slice_ in RECIPES.items():
-        stage, model = name.split(":")
-        config = {"lm_ft": lm_ft}[stage].get_config(model)
-        c.recipes[name] = ConfigDict(
-            {"config": config, "shape": models.shape(model), "slice": slice_}
-        )
+        c.recipes[name] = ConfigDict({"slice": slice_, **_recipe(*name.split(":"))})
     return c
+
+
+def _recipe(stage: str, model: str) -> dict[str, ConfigDict]:
+    """The stage's own recipe, and the shape of what it computes with."""
+    if stage == "lm_ft":
+        return {"config": lm_ft.get_config(model), "shape": models.shape(model)}
+    if stage == "r_ft":
+        return {"config": r_ft.get_config(), "shape": models.shape(model)}
+    config = retrieve.get_config()
+    index.section(config, "")
+    if stage == "search":
+        # All replicas' memory holds passages, so the mesh does not matter.
+        sizes = {"width": 768, "queries": 128, "recall_target": 0.95}
+        return {"config": config, "shape": ConfigDict(CORPUS | sizes)}
+    # Every device has the whole encoder. 160 tokens: the bucket that passages of 100
+    # words are filled up to.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.index.batch_tokens = 8 * 512 * 160
+    shape = models.shape(model).to_dict() | CORPUS | {"passage_tokens": 160}
+    return {"config": config, "shape": ConfigDict(shape)}

@@ -96,9 +96,9 @@ def first_sentence(error: str) -> str:
 
 
 def _dumped(folder: Path, ending: str) -> str:
-    found = sorted(folder.glob(f"*.{ending}"))
+    found = sorted(folder.glob(f"*{ending}"))
     if not found:
         names = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
-        raise RuntimeError(f"the compiler wrote no *.{ending}, but {names}")
+        raise RuntimeError(f"the compiler wrote no *{ending}, but {names}")
     # Of one program; small helpers that come with it are compiled before it.
     return max(found, key=lambda p: p.stat().st_size).read_text()

@@ -57,7 +57,7 @@ def bound(cost: Cost, target: slices.Slice, mesh: Mesh) -> Bounds:
     for t in traffic:
         axes[t.axis] = axes.get(t.axis, 0.0) + t.seconds
     return Bounds(
-        cost.flops / target.chip.flops,
+        cost.unit_flops / target.chip.flops,
         cost.hbm_bytes / target.chip.hbm_bandwidth,
         dict(sorted(axes.items(), key=lambda item: -item[1])),
         sorted(traffic, key=lambda t: -t.seconds),

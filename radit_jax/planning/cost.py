@@ -63,6 +63,7 @@ class Cost:
 
     flops: float = 0.0  # of matrix products and convolutions
     kernel_flops: float = 0.0  # of these, inside Pallas kernels
+    unit_flops: float = 0.0  # of the matrix units, which take bf16 a pass
     hbm_bytes: float = 0.0
     collectives: list[Collective] = dataclasses.field(default_factory=list)
 
@@ -153,15 +154,17 @@ class _Counter:
                 # The sum of which every device keeps its share.
                 last = self.cost.collectives.pop()
                 self.cost.collectives.append(last._replace(kind="reduce-scatter"))
-        elif opcode == "dot":
-            self.cost.flops += times * _dot_flops(instruction, within)
-        elif opcode == "convolution":
-            self.cost.flops += times * _convolution_flops(instruction, within)
+        elif opcode in ("dot", "convolution"):
+            of = _dot_flops if opcode == "dot" else _convolution_flops
+            flops = times * of(instruction, within)
+            self.cost.flops += flops
+            self.cost.unit_flops += flops * _passes(instruction, within)
         elif opcode == "custom-call" and "tpu_custom_call" in instruction.attributes:
             read = [within.by_name[name].arrays for name in instruction.operands]
             flops = self.kernel_flops(instruction, [a for part in read for a in part])
             self.cost.flops += times * flops
             self.cost.kernel_flops += times * flops
+            self.cost.unit_flops += times * flops
         elif opcode.removesuffix("-start") in COLLECTIVES:
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
             chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
@@ -238,6 +241,8 @@ class _Counter:
 
         What it only writes over is not read.
         """
+        if parameter.root:
+            return math.inf
         total = 0.0
         for user in inner.users[parameter.name]:
             if user.opcode == "bitcast":
@@ -251,6 +256,9 @@ class _Counter:
                 continue
             elif user.opcode == "fusion":
                 called = self.module[user.called("calls")]
+                if all(part.opcode in ("parameter", "bitcast") for part in called):
+                    total += self.read(inner, user)
+                    continue
                 for i, name in enumerate(user.operands):
                     if name == parameter.name:
                         total += self.read(called, called.parameters[i])
@@ -279,6 +287,25 @@ def _one(name: str, within: Computation) -> Array:
     return within.by_name[name].arrays[0]
 
 
+def _passes(product: Instruction, within: Computation) -> int:
+    """Passes of the matrix units: more precise float32 is several bf16 products.
+
+    Three terms hold a float32, two most of it; products of two small terms are left
+    out. The fewest that can do is counted, so that times stay bounds.
+    """
+    found = re.search(r"operand_precision={(\w+),(\w+)}", product.attributes)
+    terms = {"highest": 3, "high": 2}
+    parts = [
+        terms.get(precision, 1) if _one(name, within).dtype == "f32" else 1
+        for precision, name in zip(
+            found.groups() if found else ("default", "default"),
+            product.operands,
+            strict=True,
+        )
+    ]
+    return {(3, 3): 6, (2, 2): 3}.get((parts[0], parts[1]), parts[0] * parts[1])
+
+
 def _dot_flops(dot: Instruction, within: Computation) -> float:
     left = _one(dot.operands[0], within)
     inner = math.prod(left.dims[i] for i in dot.numbers("lhs_contracting_dims"))
@@ -294,7 +321,9 @@ def _convolution_flops(convolution: Instruction, within: Computation) -> float:
     if labels is None:
         raise HloError(f"{convolution.name}: no dim_labels")
     left = dict(zip(labels[1], _one(convolution.operands[0], within).dims, strict=True))
-    right = dict(zip(labels[2], _one(convolution.operands[1], within).dims, strict=True))
+    right = dict(
+        zip(labels[2], _one(convolution.operands[1], within).dims, strict=True)
+    )
     out = dict(zip(labels[3], convolution.arrays[0].dims, strict=True))
     window = _window(convolution.attributes)
     pairs = 1
@@ -320,9 +349,7 @@ def _window(attributes: str) -> dict[str, list[tuple[int, ...]]]:
     }
 
 
-def _pairs(
-    left: int, right: int, out: int, window: dict[str, tuple[int, ...]]
-) -> int:
+def _pairs(left: int, right: int, out: int, window: dict[str, tuple[int, ...]]) -> int:
     """Pairs of an output and a kernel position that meet an element."""
     stride = window.get("stride", (1,))[0]
     low = window.get("pad", (0, 0))[0]
@@ -352,9 +379,7 @@ def _collective(
     return Collective(kind, tuple(found[0]), pairs, full, times, instruction.scope)
 
 
-def by_axis(
-    mesh: np.ndarray, names: Sequence[str], collective: Collective
-) -> str:
+def by_axis(mesh: np.ndarray, names: Sequence[str], collective: Collective) -> str:
     """Mesh axes whose devices take part together, such as ``data+fsdp``.
 
     Args:

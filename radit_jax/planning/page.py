@@ -47,7 +47,11 @@ def of_plan(plan: Mapping[str, Any]) -> str:
         [
             (
                 "FLOPs"
-                + (f" ({_big(flops['kernels'])} in kernels)" if flops["kernels"] else ""),
+                + (
+                    f" ({_big(flops['kernels'])} in kernels)"
+                    if flops["kernels"]
+                    else ""
+                ),
                 _big(flops["per_chip"]),
                 f"{seconds['compute']:.3f}",
             ),
@@ -56,9 +60,7 @@ def of_plan(plan: Mapping[str, Any]) -> str:
                 (
                     f"interconnect, {axis}",
                     _big(
-                        sum(
-                            c["wire"] for c in plan["collectives"] if c["axis"] == axis
-                        )
+                        sum(c["wire"] for c in plan["collectives"] if c["axis"] == axis)
                     )
                     + "B",
                     f"{time:.3f}",
@@ -77,8 +79,8 @@ def of_plan(plan: Mapping[str, Any]) -> str:
         f"{plan['items_per_second']:,.0f} {plan['unit']}/s, a step in "
         f"{seconds['step']:.3f} s, all {plan['steps']:,.0f} steps in "
         f"{plan['hours']:.2f} hours, if all the work above overlaps perfectly;",
-        f"{100 * plan['utilisation_one_by_one']:.1f} % and {seconds['one_by_one']:.3f} s "
-        "if the interconnect never hides behind compute.",
+        f"{100 * plan['utilisation_one_by_one']:.1f} % and "
+        f"{seconds['one_by_one']:.3f} s if the interconnect never hides behind compute.",
         "",
     ]
     lines += table(

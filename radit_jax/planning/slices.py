@@ -127,6 +127,8 @@ def devices(target: Slice) -> Sequence[jax.Device]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    # Two programs cannot share a TPU, but can compile at the same time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     host = tuple(min(side, 2) for side in target.sides) + (1,) * (3 - len(target.sides))
     topology = topologies.get_topology_desc(
         platform="tpu",
@@ -162,7 +164,9 @@ def links(target: Slice, group: Sequence[jax.Device]) -> Links:
     """
     positions = [_position(device) for device in group]
     slices = len({slice_ for slice_, _ in positions})
-    places = np.array([place for slice_, place in positions if slice_ == positions[0][0]])
+    places = np.array(
+        [place for slice_, place in positions if slice_ == positions[0][0]]
+    )
     ways = 0
     for dimension in range(len(target.sides)):
         spread = len(np.unique(places[:, dimension]))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -107,15 +108,23 @@ def score_temperature(config: ConfigDict, field: str) -> float:
     return 1.0 if temperature is None else temperature
 
 
-def encoding(
-    config: ConfigDict,
-) -> Callable[[Encoder, np.ndarray, np.ndarray], jax.Array]:
-    """Embeddings of a host batch by an encoder that may change, compiled once."""
-    dtype = compute_dtype(config)
+def make_encode(
+    dtype: jnp.dtype,
+) -> Callable[[Encoder, jax.Array, jax.Array], jax.Array]:
+    """The jitted function from token ids and mask, rows on the mesh, to embeddings."""
 
     @jax.jit
     def apply(encoder: Encoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         return encoder(tokens, mask, dtype)
+
+    return apply
+
+
+def encoding(
+    config: ConfigDict,
+) -> Callable[[Encoder, np.ndarray, np.ndarray], jax.Array]:
+    """Embeddings of a host batch by an encoder that may change, compiled once."""
+    apply = make_encode(compute_dtype(config))
 
     def encode(
         encoder: Encoder, tokens_BL: np.ndarray, mask_BL: np.ndarray

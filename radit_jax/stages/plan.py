@@ -7,7 +7,6 @@ the least time that can take, and what to change where it does not fit.
 import difflib
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import time
@@ -15,8 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from radit_jax import artifacts, sharding
@@ -25,7 +22,7 @@ from radit_jax.planning.bounds import Bounds, bound
 from radit_jax.planning.cost import Cost, count
 from radit_jax.planning.kernels import kernel_flops
 from radit_jax.planning.memory import Memory, measure
-from radit_jax.stages.programs import BUILDERS, Program
+from radit_jax.stages.programs import BUILDERS, SECTIONS, Program
 from radit_jax.stages.stage import section
 
 log = logging.getLogger(__name__)
@@ -77,9 +74,9 @@ class Recipe(NamedTuple):
         return self.name.split(":")[0]
 
     @property
-    def trains(self) -> bool:
-        """Whether remat and micro-batches mean anything."""
-        return "remat" in self.config.get(self.stage, {})
+    def section(self) -> ConfigDict:
+        """Of the stage's config, where the settings are."""
+        return self.config[SECTIONS.get(self.stage, self.stage)]
 
 
 def recipe(config: ConfigDict, name: str, target: str) -> Recipe:
@@ -96,16 +93,16 @@ def recipe(config: ConfigDict, name: str, target: str) -> Recipe:
             + (f"; did you mean {' or '.join(near)}?" if near else ".")
             + f" There are {', '.join(known)}"
         )
-    found = config.recipes[name].copy_and_resolve_references()
-    stage = found.config[name.split(":")[0]]
+    chosen = config.recipes[name].copy_and_resolve_references()
+    found = Recipe(
+        name, chosen.config, chosen.shape, slices.parse(target or chosen.slice)
+    )
     for field in ("remat", "rows", "micro_batches"):
         if config[field]:
-            if field not in stage:
+            if field not in found.section:
                 raise ValueError(f"{field} = {config[field]!r}: {name} has no {field}")
-            stage[field] = config[field]
-    return Recipe(
-        name, found.config, found.shape, slices.parse(target or found.slice)
-    )
+            found.section[field] = config[field]
+    return found
 
 
 def first_choice(config: ConfigDict, wanted: Recipe) -> Choice:
@@ -123,8 +120,8 @@ def first_choice(config: ConfigDict, wanted: Recipe) -> Choice:
     if -1 not in sizes.values() and not config.mesh.fsdp:
         sizes["fsdp"] = -1
     mesh = sharding.make_mesh(**sizes, devices=slices.devices(wanted.target))
-    stage = wanted.config[wanted.stage]
-    if not wanted.trains:
+    stage = wanted.section
+    if "remat" not in stage:
         return Choice(*mesh.devices.shape)
     return Choice(*mesh.devices.shape, stage.remat, stage.micro_batches)
 
@@ -183,7 +180,7 @@ class Plan(NamedTuple):
     def report(self) -> dict[str, Any]:
         """As JSON values."""
         target, bounds, program = self.recipe.target, self.bounds, self.program
-        stage = section(self.recipe.config[self.recipe.stage])
+        stage = section(self.recipe.section)
         return {
             "recipe": self.recipe.name,
             "slice": str(target),
@@ -251,11 +248,11 @@ def make(wanted: Recipe, choice: Choice) -> Plan:
         ValueError: the model does not divide over the mesh.
     """
     mesh = sharding.make_mesh(*choice[:3], devices=slices.devices(wanted.target))
-    config = wanted.config.copy_and_resolve_references()
+    changed = wanted._replace(config=wanted.config.copy_and_resolve_references())
     if choice.remat:
-        config[wanted.stage].remat = choice.remat
-        config[wanted.stage].micro_batches = choice.micro_batches
-    program = BUILDERS[wanted.stage](config, wanted.shape, mesh)
+        changed.section.remat = choice.remat
+        changed.section.micro_batches = choice.micro_batches
+    program = BUILDERS[wanted.stage](changed.config, wanted.shape, mesh)
     log.info("plan: compiling %s for %s, %s", wanted.name, wanted.target, choice)
     compiled = aot.compile_ahead(
         program.function, mesh, *program.arguments, **program.static
@@ -269,7 +266,13 @@ def make(wanted: Recipe, choice: Choice) -> Plan:
     )
     cost = count(compiled.module, mesh.size, kernel_flops, program.loop_trips)
     plan = Plan(
-        wanted, choice, program, compiled, memory, cost, bound(cost, wanted.target, mesh)
+        wanted,
+        choice,
+        program,
+        compiled,
+        memory,
+        cost,
+        bound(cost, wanted.target, mesh),
     )
     log.info(
         "plan: %.1f of %.1f GiB, at most %.1f %% of peak; compiled in %.0f s%s",

@@ -14,12 +14,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from radit_jax import sharding
-from radit_jax.batch import Packed
+from radit_jax.batch import Candidates, Packed
 from radit_jax.models.attention import choose_kernel
+from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.layers import Rope
 from radit_jax.models.llama import Llama, LlamaConfig
 from radit_jax.planning import aot
-from radit_jax.stages import lm_ft
+from radit_jax.retrieval.index import block_of, exact_search
+from radit_jax.stages import index, lm_ft, r_ft
 from radit_jax.stages.training import initial_state, optimizer
 
 PLATFORM = "tpu"
@@ -27,6 +29,9 @@ PLATFORM = "tpu"
 DTYPE = jnp.dtype(jnp.bfloat16)
 
 WEIGHTS, OPTIMIZER, BATCH = "weights", "optimizer state", "batch and counters"
+INDEX = "embeddings of the passages"
+# Sections of the config that a program's settings are in, where they are not its name.
+SECTIONS = {"embed": "index", "search": "retrieve"}
 
 
 class Program(NamedTuple):
@@ -68,7 +73,7 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         rows, part = section.rows, section.rows // parts
         if rows % parts:
             raise ValueError(
-                f"lm_ft.rows = {rows} does not divide into lm_ft.micro_batches = {parts}"
+                f"lm_ft.rows = {rows} does not divide by lm_ft.micro_batches = {parts}"
             )
         sharding.check_rows(part, f"lm_ft.rows / lm_ft.micro_batches = {part} rows")
         tx, learning_rate = optimizer(section)
@@ -94,10 +99,109 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     )
 
 
+def encoder_config(shape: ConfigDict) -> EncoderConfig:
+    """The shape of a named encoder."""
+    fields = {f.name for f in dataclasses.fields(EncoderConfig)}
+    return EncoderConfig(**{n: value for n, value in shape.items() if n in fields})
+
+
+def encoder_flops(model: EncoderConfig, length: int) -> float:
+    """FLOPs of a token's forward pass: 2 per weight used, and attention to the row."""
+    D, F = model.width, model.mlp_width
+    return 2.0 * model.layers * (4 * D * D + 2 * D * F + 2 * length * D)
+
+
+def r_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
+    """The optimizer step of stage ``r_ft``, of questions as long as they may be."""
+    section, model = config.r_ft, encoder_config(shape)
+    B, L = section.rows, min(config.retrieve.max_tokens, model.max_length)
+    key = _key()
+    with aot.tracing(mesh):
+        r_ft.check_settings(config)
+        tx, learning_rate = optimizer(section)
+        state = jax.eval_shape(
+            lambda key: initial_state(
+                r_ft.Towers(Encoder(model, key)), tx, config.seed
+            ),
+            key,
+        )
+        step = r_ft.make_step(
+            tx, learning_rate, DTYPE, section.loss, section.score_temperature or 1.0
+        )
+
+    def of(*shape: int, dtype: Any = jnp.int32) -> Any:
+        spec = jax.P(sharding.ROWS, *(None,) * (len(shape) - 1))
+        return aot.array(mesh, shape, dtype, spec)
+
+    C = config.lm_score.passages
+    batch = Candidates(
+        of(B, L),
+        of(B, L, dtype=jnp.bool_),
+        of(B, C),
+        of(B, C, dtype=jnp.float32),
+        of(B, C, model.width, dtype=jnp.float32),
+    )
+    return Program(
+        step,
+        (aot.on(mesh, state), batch),
+        {"state.params": WEIGHTS, "state.opt_state": OPTIMIZER},
+        3 * B * L * encoder_flops(model, L),
+        B,
+        "questions",
+        section.steps,
+    )
+
+
+def embed_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
+    """A batch of stage ``index``, of passages of one length."""
+    model, L = encoder_config(shape), shape.passage_tokens
+    B = config.index.batch_tokens // L
+    key = _key()
+    with aot.tracing(mesh):
+        sharding.check_rows(B, f"index.batch_tokens / {L} = {B} passages")
+        encoder = jax.eval_shape(lambda key: Encoder(model, key), key)
+    tokens, mask = (
+        aot.array(mesh, (B, L), dtype, sharding.ROWS_BL)
+        for dtype in (jnp.int32, jnp.bool_)
+    )
+    return Program(
+        index.make_encode(DTYPE),
+        (aot.on(mesh, encoder), tokens, mask),
+        {"encoder": WEIGHTS},
+        B * L * encoder_flops(model, L),
+        B,
+        "passages",
+        shape.passages / B,
+    )
+
+
+def search_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
+    """A block of queries against every passage (``retrieval.index.ExactIndex``)."""
+    rows = -(-shape.passages // mesh.size)
+    B, k = block_of(shape.queries, rows, fused=True), config.retrieve.k
+    queries = aot.array(mesh, (B, shape.width), jnp.float32, sharding.REPLICATED)
+    passages = aot.array(
+        mesh, (rows * mesh.size, shape.width), jnp.bfloat16, sharding.INDEX_NE
+    )
+    return Program(
+        exact_search,
+        (queries, passages),
+        {"embeddings_NE": INDEX},
+        2.0 * B * shape.passages * shape.width,
+        B,
+        "queries",
+        config.retrieve.corpus_examples / B,
+        {"k": k, "size": shape.passages, "recall_target": shape.recall_target},
+    )
+
+
 def _key() -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
 BUILDERS: dict[str, Callable[[ConfigDict, ConfigDict, Mesh], Program]] = {
     "lm_ft": lm_ft_step,
+    "r_ft": r_ft_step,
+    "embed": embed_step,
+    "search": search_step,
 }
