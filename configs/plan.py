@@ -14,7 +14,7 @@ plan of docs/scale.md.
 
 from ml_collections import ConfigDict
 
-from configs import index, lm_ft, models, r_ft, retrieve
+from configs import index, lm_ft, lm_score, models, r_ft, retrieve
 from configs.base import base
 
 # STAGE:MODEL -> the slice it is planned for in docs/scale.md.
@@ -26,6 +26,8 @@ RECIPES = {
     "lm_ft:llama2_70b": "v5p:4x4x4",
     "lm_ft:llama3_8b": "v5p:2x2x2",
     "lm_ft:llama3_70b": "v5p:4x4x4",
+    "lm_score:llama_7b": "v5e:4x4",
+    "lm_score:llama_65b": "v5p:4x4x4",
     "r_ft:dragon_plus": "v5e:4x4",
     "embed:dragon_plus": "v5e:2x4",
     "search:wiki_and_web": "v5e:8x8",
@@ -66,6 +68,13 @@ def _recipe(stage: str, model: str) -> dict[str, ConfigDict]:
     """The stage's own recipe, and the shape of what it computes with."""
     if stage == "lm_ft":
         return {"config": lm_ft.get_config(model), "shape": models.shape(model)}
+    if stage == "lm_score":
+        # R-FT's examples (section 3.3), each after k = 10 passages and none; a question
+        # reads each passage of about 160 tokens, and its own some 100.
+        config, shape = lm_score.get_config(model), models.shape(model)
+        shape.pairs = 947_000 * (config.lm_score.passages + 1)
+        shape.pair_tokens = 260
+        return {"config": config, "shape": shape}
     if stage == "r_ft":
         return {"config": r_ft.get_config(), "shape": models.shape(model)}
     config = retrieve.get_config()

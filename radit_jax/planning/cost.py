@@ -193,9 +193,9 @@ class _Counter:
             if whole and inner is not None:
                 whole = min(whole, self.read(inner, inner.parameters[i]))
             elif whole and opcode in ("dynamic-slice", "slice", "gather"):
-                whole = min(whole, _hbm(instruction.arrays)) if i == 0 else whole
+                whole = min(whole, _size(instruction.arrays)) if i == 0 else whole
             elif opcode == "dynamic-update-slice" and i == 0:
-                whole = 0
+                whole = 0.0
             read += whole
         return read + self.written(instruction, within, inner)
 
@@ -206,7 +206,7 @@ class _Counter:
         if instruction.opcode.endswith("-start"):
             # The other half of a copy between memories; read on this side already, or
             # written where only the target is HBM.
-            return float(_hbm(instruction.arrays[:1])) * (
+            return _hbm(instruction.arrays[:1]) * (
                 not any(_hbm(within.by_name[n].arrays) for n in instruction.operands)
             )
         if instruction.opcode == "dynamic-update-slice":
@@ -224,7 +224,7 @@ class _Counter:
             total += whole if update is None else min(whole, update)
         return total
 
-    def update(self, inner: Computation, output: Instruction) -> int | None:
+    def update(self, inner: Computation, output: Instruction) -> float | None:
         """Bytes that an output changes of what it is written over; None: all."""
         while output.opcode in ("bitcast", "fusion"):
             if output.opcode == "fusion":
@@ -275,12 +275,12 @@ def _branches(instruction: Instruction) -> list[str]:
     return [name for name in names if name]
 
 
-def _hbm(found: Sequence[Array]) -> int:
-    return sum(array.padded for array in found if array.space == 0)
+def _hbm(found: Sequence[Array]) -> float:
+    return float(sum(array.padded for array in found if array.space == 0))
 
 
-def _size(found: Sequence[Array]) -> int:
-    return sum(array.padded for array in found)
+def _size(found: Sequence[Array]) -> float:
+    return float(sum(array.padded for array in found))
 
 
 def _one(name: str, within: Computation) -> Array:

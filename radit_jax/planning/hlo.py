@@ -56,7 +56,7 @@ _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([0-9,]*)\](?:\{([^{}]*)\})?")
 
 
 def arrays(text: str) -> tuple[Array, ...]:
-    """All arrays of a type, those of a tuple in order; tokens and the like have none."""
+    """All arrays of a type, those of a tuple in order; tokens are none."""
     found = []
     for dtype, dims, layout in _ARRAY.findall(text):
         if dtype not in _BITS:
@@ -303,7 +303,8 @@ def groups(instruction: Instruction, devices: int) -> list[list[int]]:
     if found:
         return _iota(_numbers(found[2]), found[3]).reshape(_numbers(found[1])).tolist()
     found = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))?"
+        r"replica_groups=mesh\[([^\]]*)\]"
+        r"(?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))?"
         r" {([^}]*)}",
         text,
     )

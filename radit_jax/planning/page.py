@@ -80,7 +80,7 @@ def of_plan(plan: Mapping[str, Any]) -> str:
         f"{seconds['step']:.3f} s, all {plan['steps']:,.0f} steps in "
         f"{plan['hours']:.2f} hours, if all the work above overlaps perfectly;",
         f"{100 * plan['utilisation_one_by_one']:.1f} % and "
-        f"{seconds['one_by_one']:.3f} s if the interconnect never hides behind compute.",
+        f"{seconds['one_by_one']:.3f} s if the interconnect is never hidden.",
         "",
     ]
     lines += table(

@@ -21,7 +21,7 @@ from radit_jax.models.layers import Rope
 from radit_jax.models.llama import Llama, LlamaConfig
 from radit_jax.planning import aot
 from radit_jax.retrieval.index import block_of, exact_search
-from radit_jax.stages import index, lm_ft, r_ft
+from radit_jax.stages import index, lm_ft, r_ft, scoring
 from radit_jax.stages.training import initial_state, optimizer
 
 PLATFORM = "tpu"
@@ -96,6 +96,30 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         rows * L,
         "tokens",
         section.steps,
+    )
+
+
+def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
+    """A batch of stage ``lm_score``: packed rows, answers after their passages."""
+    section, model = config.lm_score, llama_config(shape)
+    B, L, T = section.rows, section.row_tokens, section.row_targets
+    key = _key()
+    with aot.tracing(mesh):
+        scoring.check_rows("lm_score", section)
+        weights = jax.eval_shape(lambda key: Llama(model, key), key)
+
+    def of(length: int, dtype: Any = jnp.int32) -> Any:
+        return aot.array(mesh, (B, length), dtype, sharding.ROWS_BL)
+
+    batch = Packed(of(L), of(L), of(L), of(T), of(T), of(T, jnp.float32))
+    return Program(
+        scoring.make_score(DTYPE),
+        (aot.on(mesh, weights), batch, of(L)),
+        {"model": WEIGHTS},
+        B * L * lm_ft.flops_per_token(model, L, T / L) / 3,
+        B * L,
+        "tokens",
+        shape.pairs * shape.pair_tokens / (B * L),
     )
 
 
@@ -201,6 +225,7 @@ def _key() -> jax.ShapeDtypeStruct:
 
 BUILDERS: dict[str, Callable[[ConfigDict, ConfigDict, Mesh], Program]] = {
     "lm_ft": lm_ft_step,
+    "lm_score": lm_score_step,
     "r_ft": r_ft_step,
     "embed": embed_step,
     "search": search_step,
