@@ -54,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.rows = 0
     c.micro_batches = 0
     c.search = False  # rank meshes, remat policies and micro-batches
-    c.minutes = 10  # for looking further than the recipe
+    c.minutes = 10.0  # for looking further than the recipe
     c.all = variant == "scale"
     c.folder = "plans"  # of :scale
     c.page = "docs/scale.md"

@@ -75,7 +75,8 @@ ENTRY %main (p: f32[4]) -> (s32[], f32[4]) {{
   %zero = s32[] constant(2)
   %first = s32[] copy(%zero)
   %start = (s32[], f32[4]{{0}}) tuple(%first, %p)
-  ROOT %while = (s32[], f32[4]{{0}}) while(%start), condition=%condition, body=%body{more}
+  ROOT %while = (s32[], f32[4]{{0}}) while(%start), condition=%condition, \
+body=%body{more}
 }}
 """
 

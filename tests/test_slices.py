@@ -29,7 +29,7 @@ def test_unknown_slices_name_the_nearest_and_all(name, nearest):
     with pytest.raises(ValueError, match="there is no slice") as error:
         slices.parse(name)
     text = str(error.value)
-    assert f"did you mean {nearest}" in text
+    assert nearest in text.split("did you mean")[1].split("?")[0]
     for generation in slices.CHIPS:
         assert f"{generation}: " in text
 

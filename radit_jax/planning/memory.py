@@ -244,6 +244,10 @@ class _Reader:
             if instruction.opcode == "bitcast":
                 name = instruction.operands[0]
                 continue
+            stack = self._updated(instruction, index)
+            if stack is not None:
+                name, index = stack, None
+                continue
             loop = None
             if instruction.opcode == "while":
                 loop = instruction
@@ -256,6 +260,25 @@ class _Reader:
                 break
             name, index = carried.operands[index], None
         return name, index
+
+    def _updated(self, writer: Instruction, index: int | None) -> str | None:
+        """What a fusion writes a slice of, in place; None: it makes something new."""
+        if writer.opcode == "dynamic-update-slice":
+            return writer.operands[0]
+        if writer.opcode != "fusion":
+            return None
+        inner = self.module[writer.called("calls")]
+        result = inner.root
+        if result.opcode == "tuple" and index is not None:
+            result = inner.by_name[result.operands[index]]
+        while result.opcode == "bitcast":
+            result = inner.by_name[result.operands[0]]
+        if result.opcode != "dynamic-update-slice":
+            return None
+        stack = inner.by_name[result.operands[0]]
+        while stack.opcode == "bitcast":
+            stack = inner.by_name[stack.operands[0]]
+        return writer.operands[stack.index] if stack.opcode == "parameter" else None
 
     def _backward(self, origin: tuple[str, int | None]) -> bool:
         return "transpose(" in self._scope(origin[0])

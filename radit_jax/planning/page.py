@@ -119,6 +119,68 @@ def of_plan(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+HEAD = """# What fits where, and how fast it can be
+
+Made by `python -m radit_jax.main --config configs/plan.py:scale`, which compiles the
+jitted step of each stage for the slice named (by {versions}), on one machine with
+no TPU. **Nothing here was run on a TPU.** What is exact, what is a bound:
+
+- *HBM* is the compiler's own buffer assignment, the program included: what a chip will
+  hold. *of* is what libtpu lets a program have, the chip's memory less the runtime's.
+- *recompute* is the FLOPs of the compiled program over the model's own (6 per weight
+  and token plus causal attention; 2 where nothing is trained). 1: nothing is done twice.
+- *compute*, *memory*, *links* are the least seconds of a step that the FLOPs, the HBM
+  traffic and the collectives can take by the chip's published figures. Bytes of a
+  collective flow through as many links as its mesh axis has, rings counted twice.
+  Published figures are not reached in practice.
+- *at most*: share of peak FLOPs (MFU) if all three overlap perfectly. No run is faster.
+  *bare*: if the links never work while the chip computes. Real runs lie around it.
+- */s* and *hours* go with *at most*: of the whole run, {paper}.
+- Every plan has its mesh, collectives and largest buffers in `plans/`. Plan your own with
+  `--config configs/plan.py --config.stage_config=STAGE:MODEL --config.slice=...`; where
+  it does not fit, the nearest change that does is looked for, and
+  `--config.search=True` ranks meshes, remat policies and micro-batches.
+
+"""
+
+
+def of_all(plans: Sequence[Mapping[str, Any]]) -> str:
+    """The page about all checked-in plans."""
+    versions = " and ".join(f"{n} {v}" for n, v in plans[0]["versions"].items())
+    paper = "500 steps of LM-FT, 1,850 of R-FT, the whole corpus, all of R-FT's pairs"
+    lines = [HEAD.format(versions=versions, paper=paper)]
+    lines += table(
+        (
+            *("recipe", "slice", "mesh", "remat, parts", "GiB", "of", "recompute"),
+            *("compute", "memory", "links", "at most", "bare", "/s", "hours"),
+        ),
+        [_row(plan) for plan in plans],
+    )
+    return "\n".join(lines)
+
+
+def _row(plan: Mapping[str, Any]) -> tuple[Any, ...]:
+    hbm, seconds, settings = plan["hbm"], plan["seconds"], plan["settings"]
+    mesh = " x ".join(f"{axis} {n}" for axis, n in plan["mesh"].items() if n > 1)
+    return (
+        plan["recipe"],
+        f"{plan['slice']} ({plan['chips']})",
+        mesh,
+        f"{settings['remat']}, {settings['micro_batches']}"
+        if "remat" in settings
+        else "",
+        f"{hbm['total'] / GIB:.1f}{'' if plan['fits'] else ' DOES NOT FIT'}",
+        f"{hbm['usable'] / GIB:.1f}",
+        f"{plan['flops']['recompute']:.2f}",
+        *(f"{seconds[part]:.3f}" for part in ("compute", "hbm")),
+        f"{sum(seconds['interconnect'].values()):.3f}",
+        f"{100 * plan['utilisation']:.0f} %",
+        f"{100 * plan['utilisation_one_by_one']:.0f} %",
+        f"{plan['items_per_second']:,.0f} {plan['unit']}",
+        f"{plan['hours']:.2f}",
+    )
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     """A Markdown table, columns padded so that it reads well on a screen too."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (head, *rows)]

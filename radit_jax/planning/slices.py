@@ -5,13 +5,12 @@
 """
 
 import difflib
-import functools
 import importlib.util
 import math
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -149,13 +148,19 @@ class Links(NamedTuple):
     network: float  # bytes per second that can flow into a chip from other slices
 
 
-@functools.cache
-def _position(device: jax.Device) -> tuple[int, tuple[int, ...]]:
+@runtime_checkable
+class Placed(Protocol):
+    """A device of a slice: it has ``slice_index`` too where there are several."""
+
+    coords: Sequence[int]  # place in the torus
+
+
+def _position(device: Placed) -> tuple[int, tuple[int, ...]]:
     """Slice and place in it."""
-    return getattr(device, "slice_index", None) or 0, tuple(device.coords)  # type: ignore[attr-defined]
+    return getattr(device, "slice_index", None) or 0, tuple(device.coords)
 
 
-def links(target: Slice, group: Sequence[jax.Device]) -> Links:
+def links(target: Slice, group: Sequence[Placed]) -> Links:
     """What connects a group of devices, at best.
 
     A group spread over a side of the torus reaches a chip by two links where the side

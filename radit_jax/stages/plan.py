@@ -348,6 +348,9 @@ def show(config: ConfigDict) -> None:
         ValueError: an unknown recipe or slice, a mesh that does not fit it, or no
             libtpu.
     """
+    if config.all:
+        make_all(config)
+        return
     wanted = recipe(config, config.stage_config, config.slice)
     start = first_choice(config, wanted)
     place = artifacts.plan(
@@ -379,3 +382,46 @@ def show(config: ConfigDict) -> None:
         artifacts.finish(place, {"choices": len(plans)})
     print((place.folder / PAGE).read_text())
     print(f"In {place.folder.resolve()}: {REPORT} has all of it")
+
+
+def make_all(config: ConfigDict) -> None:
+    """Plan every recipe on its slice, and write the page about them.
+
+    A recipe whose file was made with the same settings by the same versions is kept.
+    """
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(config.recipes)
+    for name in names:
+        wanted = recipe(config, name, "")
+        key = recipe_key(wanted)
+        file = folder / file_name(name)
+        if file.exists() and json.loads(file.read_text())["key"] == key:
+            log.info("plan: %s is up to date", file)
+            continue
+        plan = make(wanted, first_choice(config, wanted))
+        file.write_text(json.dumps({"key": key, **plan.report()}, indent=1) + "\n")
+    plans = [json.loads((folder / file_name(name)).read_text()) for name in names]
+    place = Path(config.page)
+    place.write_text(page.of_all(plans))
+    print(f"{len(plans)} plans in {folder}, and a page about them in {place}")
+
+
+def file_name(name: str) -> str:
+    """Of a recipe's plan."""
+    return f"{name.replace(':', '-')}.json"
+
+
+def recipe_key(wanted: Recipe) -> str:
+    """Hash of what is compiled and by whom."""
+    content = {
+        "config": section(wanted.config),
+        "shape": section(wanted.shape),
+        "slice": str(wanted.target),
+        "versions": versions(),
+    }
+    # Where files lie does not matter.
+    for field in ("workdir", "compilation_cache", "debug"):
+        del content["config"][field]
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
