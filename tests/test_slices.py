@@ -9,10 +9,10 @@ from radit_jax.planning import slices
 
 def test_names():
     target = slices.parse("v5p:4x4x8")
-    assert (target.generation, target.sides, target.count) == ("v5p", (4, 4, 8), 1)
+    assert (target.generation, target.sides, target.copies) == ("v5p", (4, 4, 8), 1)
     assert (target.size, str(target)) == (128, "v5p:4x4x8")
     pair = slices.parse("2xv5e:8x16")
-    assert (pair.size, pair.count, str(pair)) == (256, 2, "2xv5e:8x16")
+    assert (pair.size, pair.copies, str(pair)) == (256, 2, "2xv5e:8x16")
 
 
 @pytest.mark.parametrize(

@@ -210,8 +210,8 @@ class _Counter:
                 not any(_hbm(within.by_name[n].arrays) for n in instruction.operands)
             )
         if instruction.opcode == "dynamic-update-slice":
-            update = within.by_name[instruction.operands[1]]
-            return min(_hbm(instruction.arrays), _size(update.arrays))
+            changed = within.by_name[instruction.operands[1]]
+            return min(_hbm(instruction.arrays), _size(changed.arrays))
         if inner is None:
             return _hbm(instruction.arrays)
         outputs = [inner.root]

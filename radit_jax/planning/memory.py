@@ -50,7 +50,7 @@ class Memory(NamedTuple):
 
 class _Value(NamedTuple):
     name: str  # of the instruction
-    index: int | None  # of a tuple's element
+    element: int | None  # of a tuple
     size: int
     offset: int
     array: Array
@@ -176,12 +176,12 @@ class _Reader:
     ) -> list[Buffer]:
         """What lies in an allocation when most of it is in use."""
         values = [
-            (v, self.ranges[v.name, v.index])
+            (v, self.ranges[v.name, v.element])
             for v in allocation.values
-            if (v.name, v.index) in self.ranges and v.array.space == 0
+            if (v.name, v.element) in self.ranges and v.array.space == 0
         ]
         moment = self._peak(values)
-        alive = {}
+        alive: dict[tuple[int, int], tuple[_Value, int]] = {}
         for value, (start, stop) in values:
             if start <= moment <= stop:
                 # Names of one place are one buffer; the longest-lived tells most.
@@ -212,7 +212,7 @@ class _Reader:
         return at
 
     def _kind(self, value: _Value, weights: set[tuple[int, ...]]) -> str:
-        origin = self._origin(value.name, value.index)
+        origin = self._origin(value.name, value.element)
         backward = self._backward(origin)
         if tuple(sorted(value.array.dims)) in weights and len(value.array.dims) > 1:
             whole = value.array.dtype == "f32"
@@ -300,13 +300,13 @@ class _Reader:
             loop = instruction
         elif instruction.opcode == "parameter":
             loop = self.loops.get(self.home[value.name])
-        if loop is not None and value.index is not None:
+        if loop is not None and value.element is not None:
             result = self.module[loop.called("body")].root
             if result.opcode == "tuple":
-                scope = self._written(result.operands[value.index])
+                scope = self._written(result.operands[value.element])
                 if scope:
                     return scope
-        origin, _ = self._origin(value.name, value.index)
+        origin, _ = self._origin(value.name, value.element)
         return self._scope(origin) or origin
 
     def _written(self, name: str) -> str:

@@ -127,8 +127,8 @@ no TPU. **Nothing here was run on a TPU.** What is exact, what is a bound:
 
 - *HBM* is the compiler's own buffer assignment, the program included: what a chip will
   hold. *of* is what libtpu lets a program have, the chip's memory less the runtime's.
-- *recompute* is the FLOPs of the compiled program over the model's own (6 per weight
-  and token plus causal attention; 2 where nothing is trained). 1: nothing is done twice.
+- *recompute* is the FLOPs of the compiled program over the model's own: 6 per weight
+  and token, 2 where nothing is trained, and causal attention. 1: nothing is done twice.
 - *compute*, *memory*, *links* are the least seconds of a step that the FLOPs, the HBM
   traffic and the collectives can take by the chip's published figures. Bytes of a
   collective flow through as many links as its mesh axis has, rings counted twice.
@@ -136,8 +136,8 @@ no TPU. **Nothing here was run on a TPU.** What is exact, what is a bound:
 - *at most*: share of peak FLOPs (MFU) if all three overlap perfectly. No run is faster.
   *bare*: if the links never work while the chip computes. Real runs lie around it.
 - */s* and *hours* go with *at most*: of the whole run, {paper}.
-- Every plan has its mesh, collectives and largest buffers in `plans/`. Plan your own with
-  `--config configs/plan.py --config.stage_config=STAGE:MODEL --config.slice=...`; where
+- Every plan has its mesh, collectives and largest buffers in `plans/`. For your own:
+  `--config configs/plan.py --config.stage_config=STAGE:MODEL --config.slice=...`. Where
   it does not fit, the nearest change that does is looked for, and
   `--config.search=True` ranks meshes, remat policies and micro-batches.
 

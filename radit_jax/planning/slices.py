@@ -60,7 +60,7 @@ class Slice(NamedTuple):
 
     generation: str
     sides: tuple[int, ...]  # of the torus, in chips
-    count: int = 1  # slices joined by the data-centre network
+    copies: int = 1  # slices joined by the data-centre network
 
     @property
     def chip(self) -> Chip:
@@ -70,7 +70,7 @@ class Slice(NamedTuple):
     @property
     def size(self) -> int:
         """Chips of all slices."""
-        return self.count * math.prod(self.sides)
+        return self.copies * math.prod(self.sides)
 
     def wraps(self, dimension: int) -> bool:
         """Whether the torus closes to a ring in a dimension.
@@ -83,7 +83,7 @@ class Slice(NamedTuple):
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.sides))
-        return f"{f'{self.count}x' * (self.count > 1)}{self.generation}:{shape}"
+        return f"{f'{self.copies}x' * (self.copies > 1)}{self.generation}:{shape}"
 
 
 def parse(name: str) -> Slice:
@@ -131,10 +131,10 @@ def devices(target: Slice) -> Sequence[jax.Device]:
     host = tuple(min(side, 2) for side in target.sides) + (1,) * (3 - len(target.sides))
     topology = topologies.get_topology_desc(
         platform="tpu",
-        topology_name=str(target._replace(count=1)),
+        topology_name=str(target._replace(copies=1)),
         chip_config_name=target.chip.config,
         chips_per_host_bounds=(*host[:2], 1),
-        num_slices=target.count,
+        num_slices=target.copies,
     )
     return topology.devices
 

@@ -114,16 +114,17 @@ def first_choice(config: ConfigDict, wanted: Recipe) -> Choice:
     sizes = {
         axis: config.mesh[axis] or wanted.config.mesh[axis] for axis in sharding.AXES
     }
-    if wanted.target.count > 1 and not config.mesh.data:
+    if wanted.target.copies > 1 and not config.mesh.data:
         # Slices are replicas: little crosses the network between them.
-        sizes["data"] = wanted.target.count
+        sizes[sharding.DATA] = wanted.target.copies
     if -1 not in sizes.values() and not config.mesh.fsdp:
-        sizes["fsdp"] = -1
+        sizes[sharding.FSDP] = -1
     mesh = sharding.make_mesh(**sizes, devices=slices.devices(wanted.target))
+    data, fsdp, tensor = mesh.devices.shape
     stage = wanted.section
     if "remat" not in stage:
-        return Choice(*mesh.devices.shape)
-    return Choice(*mesh.devices.shape, stage.remat, stage.micro_batches)
+        return Choice(data, fsdp, tensor)
+    return Choice(data, fsdp, tensor, stage.remat, stage.micro_batches)
 
 
 def neighbours(choice: Choice) -> Iterator[Choice]:
@@ -414,14 +415,15 @@ def file_name(name: str) -> str:
 
 def recipe_key(wanted: Recipe) -> str:
     """Hash of what is compiled and by whom."""
+    settings = section(wanted.config)
+    # Where files lie does not matter.
+    for field in ("workdir", "compilation_cache", "debug"):
+        del settings[field]
     content = {
-        "config": section(wanted.config),
+        "config": settings,
         "shape": section(wanted.shape),
         "slice": str(wanted.target),
         "versions": versions(),
     }
-    # Where files lie does not matter.
-    for field in ("workdir", "compilation_cache", "debug"):
-        del content["config"][field]
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
