@@ -32,10 +32,7 @@ TEST_DATASETS = (
     *("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa"),
 )
 # Devices that share a row, where a model is too large for fewer.
-TENSOR = {
-    **{"llama_13b": 2, "llama_33b": 4, "llama_65b": 4},
-    **{"llama2_70b": 4, "llama3_70b": 4},
-}
+TENSOR = {"llama_33b": 2, "llama_65b": 4, "llama2_70b": 4, "llama3_70b": 4}
 SMALL = (
     *FACTBOOK,
     "own",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
@@ -59,7 +60,8 @@ def make_mesh(
             is (1, 1, 1), so that a laptop recipe runs anywhere.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or ``data`` does
+            not divide over TPU slices that only the data-centre network joins.
     """
     sizes = [data, fsdp, tensor]
     if devices is None:
@@ -83,9 +85,20 @@ def make_mesh(
             f"mesh (data, fsdp, tensor) = {tuple(sizes)} needs {math.prod(sizes)} "
             f"devices, there are {len(devices)}; set one size to -1 to use them all"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    kinds = (AxisType.Explicit,) * 3
+    count = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if count == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    # Only replicas are joined by the network: they exchange gradients once a step.
+    if sizes[0] % count:
+        raise ValueError(
+            f"mesh.data = {sizes[0]} does not divide over {count} slices; set mesh.data "
+            f"to {count} or a multiple of it"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // count, *sizes[1:]), (count, 1, 1), devices
     )
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def without_fsdp(spec: jax.P) -> jax.P:
