@@ -140,14 +140,18 @@ class PromptScorer:
         # Neighbours share a passage, so that each process has a stretch of them.
         bounds = np.linspace(0, len(sequences), processes + 1).astype(int)
         start, stop = bounds[process : process + 2]
-        mine = pipeline.scoring_batches(sequences[start:stop], self.mixture)
+        step = 0  # every process has as many rows in every batch
+        if processes == 1:
+            shards = sharding.row_shards()
+            step = -(-self.mixture.rows // (4 * shards)) * shards
+        mine = pipeline.scoring_batches(sequences[start:stop], self.mixture, step)
         if processes > 1:
             mine = self._in_step(mine, int(start))
         for packed in mine:
             self.read += int((packed.batch.segment_ids_BL > 0).sum())
             self.slots += packed.batch.tokens_BL.size
             yield packed
-        self.alone += sum(len(s.tokens) for s in sequences[start:stop])
+        self.alone += sum(len(s.tokens) - 1 for s in sequences[start:stop])
 
     def _in_step(
         self, batches: Iterator[pipeline.ScoringBatch], start: int
