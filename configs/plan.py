@@ -14,7 +14,7 @@ plan of docs/scale.md.
 
 from ml_collections import ConfigDict
 
-from configs import index, lm_ft, lm_score, models, r_ft, retrieve
+from configs import evaluate, index, lm_ft, lm_score, models, r_ft, retrieve
 from configs.base import base
 
 # STAGE:MODEL -> the slice it is planned for in docs/scale.md.
@@ -28,6 +28,8 @@ RECIPES = {
     "lm_ft:llama3_70b": "v5p:4x4x4",
     "lm_score:llama_7b": "v5e:4x4",
     "lm_score:llama_65b": "v5p:4x4x4",
+    "generate:llama_7b": "v5e:4x4",
+    "generate:llama_65b": "v5p:4x4x4",
     "r_ft:dragon_plus": "v5e:4x4",
     "embed:dragon_plus": "v5e:2x4",
     "search:wiki_and_web": "v5e:8x8",
@@ -74,6 +76,12 @@ def _recipe(stage: str, model: str) -> dict[str, ConfigDict]:
         config, shape = lm_score.get_config(model), models.shape(model)
         shape.pairs = 947_000 * (config.lm_score.passages + 1)
         shape.pair_tokens = 260
+        return {"config": config, "shape": shape}
+    if stage == "generate":
+        # Of 2500 dev questions, after each of 10 passages.
+        config, shape = evaluate.get_config(model), models.shape(model)
+        shape.answers = 2500 * config.evaluate.passages
+        shape.row_tokens, shape.prompts, shape.new = 1024, 4, 32
         return {"config": config, "shape": shape}
     if stage == "r_ft":
         return {"config": r_ft.get_config(), "shape": models.shape(model)}

@@ -93,7 +93,7 @@ def make_mesh(
     # Only replicas are joined by the network: they exchange gradients once a step.
     if sizes[0] % count:
         raise ValueError(
-            f"mesh.data = {sizes[0]} does not divide over {count} slices; set mesh.data "
+            f"mesh.data = {sizes[0]} does not divide over {count} slices; set it "
             f"to {count} or a multiple of it"
         )
     grid = mesh_utils.create_hybrid_device_mesh(

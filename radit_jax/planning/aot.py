@@ -35,11 +35,11 @@ def tracing(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def on(mesh: Mesh, tree: Any) -> Any:
-    """Abstract arrays, each with its own spec, on the devices of a mesh."""
+def on(mesh: Mesh, tree: Any, default: jax.P = jax.P()) -> Any:  # noqa: B008
+    """Abstract arrays, each with its own spec or else ``default``, on a mesh."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = x.sharding.spec if x.sharding is not None else jax.P()
+        spec = x.sharding.spec if x.sharding is not None else default
         return jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
         )

@@ -5,16 +5,19 @@ the stage would give it; nothing here computes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from radit_jax import sharding
 from radit_jax.batch import Candidates, Packed
+from radit_jax.inference import generate
+from radit_jax.inference.packing import PromptRows
 from radit_jax.models.attention import choose_kernel
 from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.layers import Rope
@@ -29,9 +32,9 @@ PLATFORM = "tpu"
 DTYPE = jnp.dtype(jnp.bfloat16)
 
 WEIGHTS, OPTIMIZER, BATCH = "weights", "optimizer state", "batch and counters"
-INDEX = "embeddings of the passages"
+INDEX, CACHE = "embeddings of the passages", "keys and values of prompts"
 # Sections of the config that a program's settings are in, where they are not its name.
-SECTIONS = {"embed": "index", "search": "retrieve"}
+SECTIONS = {"embed": "index", "search": "retrieve", "generate": "evaluate"}
 
 
 class Program(NamedTuple):
@@ -120,6 +123,59 @@ def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         B * L,
         "tokens",
         shape.pairs * shape.pair_tokens / (B * L),
+    )
+
+
+def generate_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
+    """A chunk of decoding steps of stage ``evaluate``, no prompt having stopped yet.
+
+    The state is what ``prefill`` makes of packed prompts.
+    """
+    model, L, Q, new = llama_config(shape), shape.row_tokens, shape.prompts, shape.new
+    key = _key()
+    with aot.tracing(mesh):
+        shards = sharding.row_shards()
+        B = config.evaluate.batch_tokens // (L + Q * new) // shards * shards
+        if not B:
+            raise ValueError(
+                f"evaluate.batch_tokens = {config.evaluate.batch_tokens} holds no row "
+                f"of {L} tokens and {Q} x {new} new ones on each of {shards} devices"
+            )
+        weights = jax.eval_shape(lambda key: Llama(model, key), key)
+        rows, prompts = ([jax.ShapeDtypeStruct((B, n), jnp.int32)] for n in (L, Q))
+        packed = aot.on(
+            mesh, PromptRows(*rows * 4, *prompts * 5), default=sharding.ROWS_BL
+        )
+        state = jax.eval_shape(
+            functools.partial(generate.prefill, max_new_tokens=new, dtype=DTYPE),
+            weights,
+            jax.tree.map(_abstract, packed),
+            _abstract(packed.sites_BQ),
+        )
+    table = aot.array(mesh, (model.vocab_size,), jnp.bool_, jax.P())
+    return Program(
+        generate.decode,
+        (
+            aot.on(mesh, weights),
+            aot.on(mesh, state),
+            generate.Stops(table, table, table),
+        ),
+        {"model": WEIGHTS, "state.cache": CACHE},
+        B * Q * generate.CHUNK * lm_ft.flops_per_token(model, L, 1.0) / 3,
+        B * Q * generate.CHUNK,
+        "tokens",
+        shape.answers * new / (B * Q * generate.CHUNK),
+        {"chunk": generate.CHUNK, "sampling": generate.GREEDY},
+        loop_trips=generate.CHUNK,
+    )
+
+
+def _abstract(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The same on the mesh that is traced for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    assert x.sharding is not None
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)
     )
 
 
@@ -226,6 +282,7 @@ def _key() -> jax.ShapeDtypeStruct:
 BUILDERS: dict[str, Callable[[ConfigDict, ConfigDict, Mesh], Program]] = {
     "lm_ft": lm_ft_step,
     "lm_score": lm_score_step,
+    "generate": generate_step,
     "r_ft": r_ft_step,
     "embed": embed_step,
     "search": search_step,
