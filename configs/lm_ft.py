@@ -54,7 +54,9 @@ def section(config: ConfigDict, variant: str) -> None:
     c.eps = 1e-8
     c.weight_decay = 0.1
     c.clip_norm = 1.0
-    c.remat = "full"  # what is recomputed: "none", "dots" keeps matrix products, "full"
+    # What a layer keeps for the backward pass, from everything to its input alone:
+    # "none", "dots", "mlp", "qkv", "attention", "full"; "offload" keeps on the host.
+    c.remat = "full"
     # Validation, logs and checkpoints, in steps.
     c.validation_examples = 2500
     c.validate_every = 100

@@ -59,9 +59,9 @@ def attend(
     ids = [segment_ids_BL]
     if prefix_ids_BL is not None:
         local, q_BHLK = _own_and_prefix, _forward_only(q_BHLK)
-        # The tokens of a beginning name it as their prefix too: it counts once.
-        alone_BL = (prefix_ids_BL == 0) | (prefix_ids_BL == segment_ids_BL)
-        ids.append(jnp.where(alone_BL, NOTHING, prefix_ids_BL))
+        # The tokens of a beginning may name it as their prefix: what is weighed with
+        # itself stays as it is.
+        ids.append(jnp.where(prefix_ids_BL == 0, NOTHING, prefix_ids_BL))
     heads = jax.P(rows, head, None, None)
     out_BHLK = jax.shard_map(
         functools.partial(local, interpret=interpret),

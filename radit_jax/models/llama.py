@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -34,7 +35,7 @@ from radit_jax.models.layers import (
     use,
     weight,
 )
-from radit_jax.models.remat import REMAT_POLICIES
+from radit_jax.models.remat import MIDDLE, QKV, REMAT_POLICIES
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,14 @@ class Block(nnx.Module):
             q = linear(h, use(self.w_q, h.dtype))
             k = linear(h, use(self.w_k, h.dtype))
             v = linear(h, use(self.w_v, h.dtype))
-        return rotate(q, tables), heads_first(rotate(k, tables)), heads_first(v)
+        rotated = rotate(q, tables), heads_first(rotate(k, tables)), heads_first(v)
+        return checkpoint_name(rotated, QKV)
 
     def finish(self, x_BLD: Array, mixed_BLHK: Array, eps: float) -> Array:
         """Output projection, residual and MLP."""
         with jax.named_scope("out"):
             x_BLD = x_BLD + linear(mixed_BLHK, use(self.w_o, x_BLD.dtype), contract=2)
+            x_BLD = checkpoint_name(x_BLD, MIDDLE)
         h = rms_norm(x_BLD, self.mlp_norm[...], eps)
         with jax.named_scope("mlp"):
             gate = linear(h, use(self.w_gate, h.dtype))

@@ -25,7 +25,7 @@ from radit_jax.data.registry import DATASETS
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.inference.score import target_log_probabilities
 from radit_jax.loop import TrainState
-from radit_jax.models.attention import XLA, Kernel, choose_kernel
+from radit_jax.models.attention import XLA, Kernel
 from radit_jax.models.huggingface import (
     check_vocabulary,
     load_llama,
@@ -37,6 +37,7 @@ from radit_jax.stages import hardware
 from radit_jax.stages.retrieve import chosen_datasets, read_retrieved
 from radit_jax.stages.stage import (
     Stage,
+    attention_kernel,
     check_counts,
     compute_dtype,
     field_fingerprint,
@@ -265,12 +266,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     check_settings(lm_ft)
     tokenizer = load_tokenizer(lm_folder(config))
     dtype = compute_dtype(config)
-    kernel = choose_kernel(
-        config.attention,
-        jax.default_backend(),
-        dtype,
-        read_llama_config(lm_folder(config)).head_size,
-    )
+    kernel = attention_kernel(config, read_llama_config(lm_folder(config)).head_size)
     batches, fixed = prepare_data(config, tokenizer)
     model = load_llama(lm_folder(config))
     check_vocabulary(tokenizer, model.config)

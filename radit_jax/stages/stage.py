@@ -18,6 +18,7 @@ from radit_jax import artifacts, sharding
 from radit_jax.artifacts import fingerprint
 from radit_jax.data.packages import cache_folder
 from radit_jax.data.registry import missing
+from radit_jax.models.attention import Kernel, choose_kernel
 from radit_jax.models.gguf import convert_gguf
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,20 @@ def compute_dtype(config: ConfigDict) -> jnp.dtype:
     if name not in names:
         raise ValueError(f"dtype = {name!r} is not one of auto, {', '.join(names)}")
     return jnp.dtype(names[name])
+
+
+def attention_kernel(config: ConfigDict, head_size: int) -> Kernel:
+    """What computes attention in this run.
+
+    Args:
+        config: the recipe.
+        head_size: K of the model.
+
+    Raises:
+        ValueError: as ``choose_kernel``.
+    """
+    dtype = compute_dtype(config)
+    return choose_kernel(config.attention, jax.default_backend(), dtype, head_size)
 
 
 def lm_folder(config: ConfigDict) -> Path:
