@@ -122,21 +122,27 @@ START = Choice(1, 16, 4, "dots", 1)
 
 
 def searched(monkeypatch, memory, seconds=100.0, stop_at_fit=True):
-    """A search where a choice's memory is known without compiling it."""
+    """A search where a choice's memory, in chips' full, is known without compiling."""
+    wanted = plan.recipe(recipes.get_config(), "lm_ft:llama_65b", "")
+    full = wanted.target.chip.usable_gib * slices.GIB
     made = []
 
     def make(wanted, choice):
         made.append(choice)
         if choice.tensor > 8:
             raise ValueError("heads")
-        return SimpleNamespace(
-            choice=choice,
-            fits=memory(choice) <= 1,
+        return plan.Plan(
+            wanted,
+            choice,
+            program=None,
+            compiled=SimpleNamespace(refused=""),
+            memory=SimpleNamespace(total=int(memory(choice) * full)),
+            cost=None,
             bounds=SimpleNamespace(one_by_one=memory(choice)),
         )
 
     monkeypatch.setattr(plan, "make", make)
-    return plan.search(None, START, seconds, stop_at_fit), made
+    return plan.search(wanted, START, seconds, stop_at_fit), made
 
 
 def test_the_nearest_choice_that_fits_is_taken(monkeypatch):
@@ -144,7 +150,9 @@ def test_the_nearest_choice_that_fits_is_taken(monkeypatch):
     assert made[0] == START
     assert found[-1].choice == START._replace(micro_batches=4)
     assert [p.fits for p in found] == [False] * (len(found) - 1) + [True]
-    found, _ = searched(monkeypatch, lambda c: c.remat == "dots" and 2)
+    found, _ = searched(monkeypatch, lambda c: 2 if c.remat == "dots" else 1)
+    assert found[-1].choice == START._replace(remat="mlp")
+    found, _ = searched(monkeypatch, lambda c: 1 if c.remat == "full" else 2)
     assert found[-1].choice == START._replace(remat="full")
     found, _ = searched(monkeypatch, lambda c: 8 / c.tensor)
     assert found[-1].choice == START._replace(tensor=8, fsdp=8)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from radit_jax import artifacts, sharding
+from radit_jax.models.remat import REMAT_POLICIES
 from radit_jax.planning import aot, page, slices
 from radit_jax.planning.bounds import Bounds, bound
 from radit_jax.planning.cost import Cost, count
@@ -127,12 +128,20 @@ def first_choice(config: ConfigDict, wanted: Recipe) -> Choice:
     return Choice(data, fsdp, tensor, stage.remat, stage.micro_batches)
 
 
+# From what keeps most to what keeps least.
+LADDER = [name for name in REMAT_POLICIES if name != "none"]
+
+
 def neighbours(choice: Choice) -> Iterator[Choice]:
-    """Choices that need less memory, or differ little; the least change first."""
+    """Choices that differ in one thing; those that need less memory first."""
+    steps = LADDER.index(choice.remat) if choice.remat in LADDER else -1
+    parts = choice.micro_batches
     if choice.remat:
-        yield choice._replace(micro_batches=choice.micro_batches * 2)
-        if choice.remat != "full":
-            yield choice._replace(remat="full")
+        if steps + 1 < len(LADDER):
+            yield choice._replace(remat=LADDER[steps + 1])
+        yield choice._replace(micro_batches=parts * 2)
+        if choice.remat != LADDER[-1]:
+            yield choice._replace(remat=LADDER[-1])
     if choice.data > 1:
         yield choice._replace(data=1, fsdp=choice.fsdp * choice.data)
     for tensor, fsdp in (
@@ -142,11 +151,10 @@ def neighbours(choice: Choice) -> Iterator[Choice]:
         if tensor * fsdp == choice.tensor * choice.fsdp:
             yield choice._replace(tensor=tensor, fsdp=fsdp)
     if choice.remat:
-        if choice.micro_batches % 2 == 0:
-            yield choice._replace(micro_batches=choice.micro_batches // 2)
-        for remat in ("dots", "full"):
-            if remat != choice.remat:
-                yield choice._replace(remat=remat)
+        if parts % 2 == 0:
+            yield choice._replace(micro_batches=parts // 2)
+        if steps > 0:
+            yield choice._replace(remat=LADDER[steps - 1])
 
 
 class Plan(NamedTuple):
