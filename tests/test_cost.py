@@ -191,6 +191,25 @@ def test_parts_of_a_hidden_collective_count_once():
     ] * 2
 
 
+@pytest.mark.parametrize("ids", ["1,2", "1:2"])
+def test_what_slices_exchange_over_the_network(ids):
+    found = cost.count(
+        program(
+            "  %t = token[] after-all()\n"
+            "  ROOT %r = (f32[2,10,128]{2,1,0}, u32[], token[]) recv(%t), "
+            'channel_id=1, frontend_attributes={_xla_megascale_target="{'
+            f'{ids}}}x{{0:63}}",_xla_megascale_transfer_type="ALL_GATHER"}}'
+        ),
+        128,
+        kernels.kernel_flops,
+    )
+    (gather,) = found.collectives
+    assert gather.kind == "all-gather"
+    assert gather.wire == 10 * 128 * 4
+    places = np.arange(128).reshape(2, 64, 1)
+    assert cost.by_axis(places, sharding.AXES, gather) == "data"
+
+
 SPLASH = (
     "  ROOT %splash_mha_{kind} = bf16[2,4,2048,128] custom-call(%m, %q, %k), "
     'custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata='

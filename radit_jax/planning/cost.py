@@ -165,6 +165,12 @@ class _Counter:
             self.cost.flops += times * flops
             self.cost.kernel_flops += times * flops
             self.cost.unit_flops += times * flops
+        elif opcode == "recv" and "_xla_megascale_transfer_type" in (
+            instruction.attributes
+        ):
+            self.cost.collectives.append(
+                _between_slices(instruction, self.devices, times)
+            )
         elif opcode.removesuffix("-start") in COLLECTIVES:
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
             chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
@@ -377,6 +383,24 @@ def _collective(
     found = groups(instruction, devices)
     pairs = kind == "collective-permute"
     return Collective(kind, tuple(found[0]), pairs, full, times, instruction.scope)
+
+
+def _between_slices(recv: Instruction, devices: int, times: int) -> Collective:
+    """A collective over the data-centre network: hosts do it, the chip sends and waits.
+
+    Each slice runs a program of its own, in which devices count from 0.
+    """
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', recv.attributes)
+    ids = re.search(r'_xla_megascale_target="{([\d,:]+)}', recv.attributes)
+    if kind is None or ids is None:
+        raise HloError(f"{recv.name}: which slices take part, and in what?")
+    slices = 0
+    for part in ids[1].split(","):
+        first, _, last = part.partition(":")
+        slices += int(last or first) - int(first) + 1
+    name = kind[1].lower().replace("_", "-")
+    members = tuple(range(0, devices, devices // slices))
+    return Collective(name, members, False, recv.arrays[0].bytes, times, recv.scope)
 
 
 def by_axis(mesh: np.ndarray, names: Sequence[str], collective: Collective) -> str:
