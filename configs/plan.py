@@ -80,6 +80,8 @@ def _recipe(stage: str, model: str) -> dict[str, ConfigDict]:
     if stage == "generate":
         # Of 2500 dev questions, after each of 10 passages.
         config, shape = evaluate.get_config(model), models.shape(model)
+        # Over fsdp every token would gather all weights anew.
+        config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": -1})
         shape.answers = 2500 * config.evaluate.passages
         shape.row_tokens, shape.prompts, shape.new = 1024, 4, 32
         return {"config": config, "shape": shape}

@@ -56,7 +56,7 @@ def test_checked_in_plans_are_of_the_recipes_as_they_are(config):
 
 
 def test_the_page_shows_the_plans(config):
-    text = page.of_all([stored(name) for name in config.recipes])
+    text = page.of_all(plan.stored(ROOT / "plans", list(config.recipes)))
     assert (ROOT / "docs" / "scale.md").read_text() == text
     for name in config.recipes:
         assert name in text

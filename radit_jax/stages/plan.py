@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -410,10 +410,20 @@ def make_all(config: ConfigDict) -> None:
             continue
         plan = make(wanted, first_choice(config, wanted))
         file.write_text(json.dumps({"key": key, **plan.report()}, indent=1) + "\n")
-    plans = [json.loads((folder / file_name(name)).read_text()) for name in names]
     place = Path(config.page)
-    place.write_text(page.of_all(plans))
-    print(f"{len(plans)} plans in {folder}, and a page about them in {place}")
+    place.write_text(page.of_all(stored(folder, names)))
+    print(f"{len(names)} plans in {folder}, and a page about them in {place}")
+
+
+def stored(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Plans of recipes as they were written, stage by stage, small models first."""
+    plans = [json.loads((folder / file_name(name)).read_text()) for name in names]
+    stages = list(BUILDERS)
+
+    def place(plan: dict[str, Any]) -> tuple[int, float]:
+        return stages.index(plan["recipe"].split(":")[0]), plan["flops"]["model"]
+
+    return sorted(plans, key=place)
 
 
 def file_name(name: str) -> str:
