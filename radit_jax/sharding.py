@@ -97,7 +97,10 @@ def make_mesh(
             f"to {count} or a multiple of it"
         )
     grid = mesh_utils.create_hybrid_device_mesh(
-        (sizes[0] // count, *sizes[1:]), (count, 1, 1), devices
+        (sizes[0] // count, *sizes[1:]),
+        (count, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
     )
     return Mesh(grid, AXES, axis_types=kinds)
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from radit_jax import sharding
 from radit_jax.planning import slices
 
 
@@ -92,3 +93,21 @@ def test_figures_agree_with_what_training_reports():
 
     for name, chip in slices.CHIPS.items():
         assert PEAK_BF16[f"TPU {name}"] == pytest.approx(chip.flops, rel=0.005)
+
+
+def test_a_mesh_over_slices_has_them_along_data():
+    devices = slices.devices(slices.parse("2xv5e:4x4"))
+    mesh = sharding.make_mesh(4, -1, 2, devices=devices)
+    assert mesh.devices.shape == (4, 4, 2)
+    for row, expected in zip(mesh.devices, (0, 0, 1, 1), strict=True):
+        assert {device.slice_index for device in row.flat} == {expected}
+    with pytest.raises(ValueError, match=r"mesh\.data = 1 does not divide over 2 slic"):
+        sharding.make_mesh(1, 32, 1, devices=devices)
+
+
+@pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:1x1", "v5e:4x8", "v5p:2x2x1"])
+def test_devices_are_one_a_chip(name):
+    target = slices.parse(name)
+    found = slices.devices(target)
+    assert len(found) == target.size
+    assert len({tuple(device.coords) for device in found}) == target.size
