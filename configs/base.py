@@ -60,6 +60,9 @@ def base(stage: str, variant: str) -> ConfigDict:
     c = ConfigDict()
     c.stage = stage
     c.workdir = f"runs/{variant or 'paper'}"  # artifacts go here
+    # gs://BUCKET/FOLDER, or a folder: what is finished, and checkpoints, are kept there
+    # too, and fetched from there by a machine that has an empty disk; docs/launch.md.
+    c.mirror = ""
     c.seed = 0
     c.debug = False  # True: show where an error was raised, not only what it says
     c.compilation_cache = "~/.cache/radit_jax/xla"  # "": compile anew each time
@@ -73,6 +76,19 @@ def base(stage: str, variant: str) -> ConfigDict:
     c.pooling = ConfigDict({"kind": "", "normalize": placeholder(bool)})
     # Sizes of the device mesh; one may be -1, "all that are left".
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    # Several processes that run this together, one command on each host. "", 0 and -1:
+    # as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, a TPU pod, SLURM
+    # or Open MPI say; alone where none of them does.
+    c.distributed = ConfigDict(
+        {
+            "coordinator": "",  # HOST:PORT of process 0
+            "processes": 0,
+            "process": -1,  # which this is, from 0
+            "start_seconds": 300,  # until all must have come
+            # Of silence, after which a process is taken for dead and all others end.
+            "heartbeat_seconds": 60,
+        }
+    )
     c.data = ConfigDict()
     # Datasets, separated by commas: a question file (JSONL), the name of a published
     # dataset (docs/data.md), which lies below ``root``, or NAME=PATH.

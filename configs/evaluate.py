@@ -59,7 +59,7 @@ def section(config: ConfigDict, variant: str) -> None:
         c.score_temperature = 0.05
     if variant in (*SMALL, "tiny"):
         c.prompt_tokens, c.max_new_tokens = 512, 16
-        c.batch_tokens = 8192
+        c.batch_tokens = 16384
         c.row_targets, c.rows = 256, 8
     if variant in SMALL:
         c.passages = 3

@@ -43,6 +43,9 @@ def section(config: ConfigDict, variant: str) -> None:
     c.rows = 64  # per step, all devices together
     c.micro_batches = 1  # gradient accumulation
     c.packing_bins = 256  # rows packed at once; more means less padding
+    # The instances are dealt to so many streams, each packed by itself; processes share
+    # them. Batches depend on their number, and not on that of the processes.
+    c.streams = 16
     # Optimisation.
     c.steps = 500
     c.learning_rate = 1e-5
@@ -74,7 +77,7 @@ def section(config: ConfigDict, variant: str) -> None:
     if variant in SMALL:
         # For a model of 135M weights on two CPU cores: about seven minutes.
         c.row_tokens, c.row_targets, c.rows, c.micro_batches = 512, 192, 8, 2
-        c.packing_bins = 256
+        c.packing_bins, c.streams = 256, 1
         c.steps, c.warmup_steps, c.learning_rate, c.end_learning_rate = (
             40,
             4,
@@ -86,7 +89,7 @@ def section(config: ConfigDict, variant: str) -> None:
         c.log_every = 2
     if variant == "tiny":
         c.row_tokens, c.row_targets, c.rows, c.micro_batches = 128, 64, 8, 1
-        c.packing_bins = 16
+        c.packing_bins, c.streams = 16, 4
         c.steps, c.warmup_steps, c.learning_rate = 6, 1, 1e-3
         c.remat = "none"
         c.validation_examples, c.validate_every, c.save_every = 16, 3, 2

@@ -48,6 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"unknown variant :{variant}; there is :scale")
     c = base("plan", "")
     c.workdir = "runs/plan"
+    c.compilation_cache = ""  # what comes from there says nothing about memory
     c.stage_config = "lm_ft:llama_7b"  # STAGE:MODEL
     c.slice = ""  # GENERATION:SHAPE, such as v5p:4x4x4; "": of the recipe
     # Changes to the recipe; 0 and "": none.
@@ -86,7 +87,10 @@ def _recipe(stage: str, model: str) -> dict[str, ConfigDict]:
         shape.row_tokens, shape.prompts, shape.new = 1024, 4, 32
         return {"config": config, "shape": shape}
     if stage == "r_ft":
-        return {"config": r_ft.get_config(), "shape": models.shape(model)}
+        config, shape = r_ft.get_config(), models.shape(model)
+        shape.question_tokens = config.retrieve.max_tokens
+        shape.candidates = config.lm_score.passages
+        return {"config": config, "shape": shape}
     config = retrieve.get_config()
     index.section(config, "")
     if stage == "search":

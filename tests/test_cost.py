@@ -73,6 +73,21 @@ def test_collectives_of_a_scan(mesh, arguments):
     assert sums[0].wire == 5 * rounds * 64 * 64 * 4 * 3 / 4
 
 
+def test_what_a_cache_holds_is_compiled_anew(mesh, arguments):
+    """The compiler's notes are written when it works, not when a cache answers."""
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = jax.config.values[least]
+    jax.config.update(least, 0.0)
+    try:
+        step = jax.jit(lambda w, x: layers(w, x) + 1.25)
+        with aot.tracing(mesh):
+            step.lower(*arguments).compile()
+        assert counted(step, mesh, *arguments).flops
+        assert counted(step, mesh, *arguments).flops
+    finally:
+        jax.config.update(least, before)
+
+
 def test_products_split_over_tensor_are_summed_there(mesh):
     x = aot.array(mesh, (32, 64), jnp.float32, jax.P(None, sharding.TENSOR))
     w = aot.array(mesh, (64, 16), jnp.float32, jax.P(sharding.TENSOR, None))

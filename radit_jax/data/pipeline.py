@@ -403,7 +403,7 @@ def training_batches(
     parts = processes * mixture.micro_batches
     if mixture.rows % parts:
         raise ValueError(
-            f"lm_ft.rows = {mixture.rows} does not divide over {processes} processes x "
+            f"lm_ft.rows = {mixture.rows} does not divide over {processes} streams x "
             f"{mixture.micro_batches} micro-batches; the nearest multiple is "
             f"{max(round(mixture.rows / parts), 1) * parts}"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 
 from radit_jax.planning.hlo import Module
@@ -67,11 +68,8 @@ def compile_ahead(
     with tracing(mesh):
         lowered = function.trace(*arguments, **static).lower()  # type: ignore[attr-defined]
     refused, code = "", 0
-    # What comes from a cache writes nothing down.
-    cached = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="plan-") as folder:
+        with _uncached():
             try:
                 compiled = lowered.compile({"xla_dump_to": folder})
                 code = compiled.memory_analysis().generated_code_size_in_bytes
@@ -79,14 +77,26 @@ def compile_ahead(
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
                 refused = first_sentence(str(error))
-            texts = [
-                _dumped(Path(folder), f"after_optimizations{part}.txt")
-                for part in ("", "-buffer-assignment", "-live-range")
-            ]
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
+        texts = [
+            _dumped(Path(folder), f"after_optimizations{part}.txt")
+            for part in ("", "-buffer-assignment", "-live-range")
+        ]
     seconds = time.perf_counter() - start
     return Compiled(Module(texts[0]), texts[1], texts[2], code, seconds, refused)
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without the compilation cache: what comes from there writes nothing down."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    # JAX looks at the setting once, unless told to forget.
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def first_sentence(error: str) -> str:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int64
 
-from radit_jax import sharding
+from radit_jax import processes, sharding
 from radit_jax.batch import Retrieved
 from radit_jax.retrieval.embed import EmbeddingStore
 
@@ -43,7 +43,7 @@ FEW_QUERIES = 8
 # Float32 scores that one device holds at a time, 512 MiB.
 MAX_SCORES = 2**27
 
-_INDEX = "index.json"
+INDEX_FILE = "index.json"
 _FORMAT = 1
 
 
@@ -53,6 +53,8 @@ class Index(Protocol):
 
     size: int  # passages
     width: int  # of an embedding
+    # Whether all processes must search together, for the same queries.
+    together: bool
 
     def search(self, queries_BE: Float32[np.ndarray, "B E"], k: int) -> Retrieved:
         """The best ``k`` passages of each query, best first, ties by the lower id.
@@ -145,6 +147,7 @@ class ExactIndex:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         self.size, self.width = embeddings.shape
+        self.together = processes.count() > 1
         self._mesh = mesh
         self._recall_target = recall_target
         rows = -(-self.size // mesh.size)
@@ -178,9 +181,7 @@ class ExactIndex:
                 padded_BE = np.zeros((block, self.width), np.float32)
                 padded_BE[: len(rows)] = rows
                 scores_BC, ids_BC = exact_search(
-                    jax.device_put(
-                        padded_BE, NamedSharding(self._mesh, sharding.REPLICATED)
-                    ),
+                    sharding.put(padded_BE, sharding.REPLICATED),
                     self._embeddings_NE,
                     k=best,
                     size=self.size,
@@ -262,6 +263,8 @@ class ScannIndex:
         embeddings: the passages.
         settings: resolved settings the searcher was built with.
     """
+
+    together = False
 
     def __init__(self, searcher, embeddings: EmbeddingStore, settings: ScannSettings):
         self.size, self.width = embeddings.shape
@@ -442,7 +445,7 @@ def build_index(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # What is left of an earlier build must not be taken for this one.
-    (folder / _INDEX).unlink(missing_ok=True)
+    (folder / INDEX_FILE).unlink(missing_ok=True)
     if (folder / "scann").exists():
         shutil.rmtree(folder / "scann")
     started = time.perf_counter()
@@ -472,7 +475,7 @@ def build_index(
         "embeddings": os.path.relpath(embeddings.folder, folder),
         "settings": built.settings,
     }
-    (folder / _INDEX).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")
     return built
 
 
@@ -484,7 +487,7 @@ def open_index(folder: str | os.PathLike[str], mesh: Mesh) -> Index:
         ValueError: the embeddings are not those that the index was built over.
     """
     folder = Path(folder)
-    path = folder / _INDEX
+    path = folder / INDEX_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: {folder} holds no complete index")
     content = json.loads(path.read_text())

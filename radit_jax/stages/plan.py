@@ -433,12 +433,10 @@ def file_name(name: str) -> str:
 
 def recipe_key(wanted: Recipe) -> str:
     """Hash of what is compiled and by whom."""
-    settings = section(wanted.config)
-    # Where files lie does not matter.
-    for field in ("workdir", "compilation_cache", "debug"):
-        del settings[field]
     content = {
-        "config": settings,
+        "settings": section(wanted.section),
+        "mesh": section(wanted.config.mesh),
+        "attention": wanted.config.attention,
         "shape": section(wanted.shape),
         "slice": str(wanted.target),
         "versions": versions(),

@@ -80,9 +80,7 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
             )
         sharding.check_rows(part, f"lm_ft.rows / lm_ft.micro_batches = {part} rows")
         tx, learning_rate = optimizer(section)
-        state = jax.eval_shape(
-            lambda key: initial_state(Llama(model, key), tx, config.seed), key
-        )
+        state = _state(lambda key: Llama(model, key), tx, key)
         kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
         step = lm_ft.make_step(tx, learning_rate, DTYPE, section.remat, kernel)
 
@@ -194,17 +192,12 @@ def encoder_flops(model: EncoderConfig, length: int) -> float:
 def r_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     """The optimizer step of stage ``r_ft``, of questions as long as they may be."""
     section, model = config.r_ft, encoder_config(shape)
-    B, L = section.rows, min(config.retrieve.max_tokens, model.max_length)
+    B, L, C = section.rows, shape.question_tokens, shape.candidates
     key = _key()
     with aot.tracing(mesh):
         r_ft.check_settings(config)
         tx, learning_rate = optimizer(section)
-        state = jax.eval_shape(
-            lambda key: initial_state(
-                r_ft.Towers(Encoder(model, key)), tx, config.seed
-            ),
-            key,
-        )
+        state = _state(lambda key: r_ft.Towers(Encoder(model, key)), tx, key)
         step = r_ft.make_step(
             tx, learning_rate, DTYPE, section.loss, section.score_temperature or 1.0
         )
@@ -213,7 +206,6 @@ def r_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         spec = jax.P(sharding.ROWS, *(None,) * (len(shape) - 1))
         return aot.array(mesh, shape, dtype, spec)
 
-    C = config.lm_score.passages
     batch = Candidates(
         of(B, L),
         of(B, L, dtype=jnp.bool_),
@@ -272,6 +264,16 @@ def search_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         "queries",
         config.retrieve.corpus_examples / B,
         {"k": k, "size": shape.passages, "recall_target": shape.recall_target},
+    )
+
+
+def _state(build: Callable[[Any], Any], tx: Any, key: jax.ShapeDtypeStruct) -> Any:
+    """What training of a model starts from."""
+    return jax.eval_shape(
+        lambda key, step, data: initial_state(build(key), tx, step, data),
+        key,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.eval_shape(jax.random.key_data, key),
     )
 
 

@@ -86,16 +86,17 @@ class PromptScorer:
                 f"{name}.row_tokens = {config.row_tokens} is more than the "
                 f"model's context of {model.config.max_length} tokens"
             )
-        processes = jax.process_count()
-        if config.rows % processes:
+        # Processes that split heads among each other score the same rows.
+        self.part, parts = sharding.process_rows()
+        if config.rows % parts:
             raise ValueError(
-                f"{name}.rows = {config.rows} does not divide over {processes} "
-                "processes"
+                f"{name}.rows = {config.rows} does not divide over {parts} processes"
             )
+        self.parts = parts
         self.mixture = pipeline.Mixture(
             row_tokens=config.row_tokens,
             row_targets=config.row_targets,
-            rows=config.rows // processes,
+            rows=config.rows // parts,
             packing_bins=config.packing_bins,
         )
 
@@ -121,8 +122,8 @@ class PromptScorer:
         token_log_p = np.zeros(int(tokens.sum()), np.float32)
         late: tuple[jax.Array, np.ndarray] | None = None
         for packed in self._batches(sequences):
-            on_mesh = Packed(*map(sharding.put_rows, packed.batch))
-            prefix_ids_BL = sharding.put_rows(packed.prefix_ids_BL)
+            on_mesh = Packed(*map(sharding.put_own_rows, packed.batch))
+            prefix_ids_BL = sharding.put_own_rows(packed.prefix_ids_BL)
             log_BT = self._log_probabilities(self.model, on_mesh, prefix_ids_BL)
             # The device works on this batch while the one before is filed.
             if late is not None:
@@ -136,16 +137,15 @@ class PromptScorer:
         self, sequences: Sequence[prompts.Prompt]
     ) -> Iterator[pipeline.ScoringBatch]:
         """This process' rows of every batch; the owners are those of all rows."""
-        process, processes = jax.process_index(), jax.process_count()
         # Neighbours share a passage, so that each process has a stretch of them.
-        bounds = np.linspace(0, len(sequences), processes + 1).astype(int)
-        start, stop = bounds[process : process + 2]
+        bounds = np.linspace(0, len(sequences), self.parts + 1).astype(int)
+        start, stop = bounds[self.part : self.part + 2]
         step = 0  # every process has as many rows in every batch
-        if processes == 1:
+        if self.parts == 1:
             shards = sharding.row_shards()
             step = -(-self.mixture.rows // (4 * shards)) * shards
         mine = pipeline.scoring_batches(sequences[start:stop], self.mixture, step)
-        if processes > 1:
+        if self.parts > 1:
             mine = self._in_step(mine, int(start))
         for packed in mine:
             self.read += int((packed.batch.segment_ids_BL > 0).sum())
@@ -167,8 +167,8 @@ class PromptScorer:
             owners_BT = np.where(
                 packed.owners_BT >= 0, packed.owners_BT + start, packed.owners_BT
             )
-            everyone = multihost_utils.process_allgather(owners_BT, tiled=True)
-            yield packed._replace(owners_BT=np.asarray(everyone))
+            everyone = sharding.fetch(sharding.put_own_rows(owners_BT))
+            yield packed._replace(owners_BT=everyone)
 
 
 def _file(
