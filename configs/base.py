@@ -5,7 +5,11 @@ from difflib import get_close_matches
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-VARIANTS = ("", "tiny", "demo", "mini", "own", "offline")
+from configs.models import LLAMAS
+
+# The paper's settings: for LLaMA 7B, or for a model by name.
+PAPER = ("", *LLAMAS)
+VARIANTS = ("", "tiny", "demo", "mini", "own", "offline", *LLAMAS)
 FACTBOOK = ("demo", "mini")  # real small models, questions about the World Factbook
 # The same language model and published evaluation sets, from packages.
 OFFLINE_STAGES = ("prepare", "preview", "evaluate")
@@ -27,6 +31,8 @@ TEST_DATASETS = (
     *("mmlu", "nq", "tqa", "eli5", "hopo", "fever", "aida", "zsre", "trex", "wow"),
     *("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa"),
 )
+# Devices that share a row, where a model is too large for fewer.
+TENSOR = {"llama_33b": 2, "llama_65b": 4, "llama2_70b": 4, "llama3_70b": 4}
 SMALL = (
     *FACTBOOK,
     "own",
@@ -35,7 +41,7 @@ SMALL = (
 
 
 def base(stage: str, variant: str) -> ConfigDict:
-    """Shared fields; ``variant`` is "" for the paper's settings.
+    """Shared fields; ``variant`` is one of PAPER for the paper's settings.
 
     Raises:
         ValueError: an unknown variant.
@@ -110,8 +116,9 @@ def base(stage: str, variant: str) -> ConfigDict:
         c.lm = c.get_ref("workdir") + "/inputs/lm"
         c.data.root = c.get_ref("workdir") + "/inputs/sets"
         c.data.test = ", ".join(OFFLINE_DATASETS)
-    if variant == "":
+    if variant in PAPER:
         c.mesh.fsdp = -1
+        c.mesh.tensor = TENSOR.get(variant, 1)
         c.data.train = ", ".join(TRAIN_DATASETS)
         c.data.limit.dev = 2500  # section 4.2: at most 2500 dev examples of a task
         c.data.test = ", ".join(TEST_DATASETS)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from radit_jax import processes
 from radit_jax.loop import Stopped
-from radit_jax.stages import evaluate, preview
+from radit_jax.stages import evaluate, plan, preview
 from radit_jax.stages.radit import STAGES, run_chain
 from radit_jax.stages.stage import run, section, settings_of
 
@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[[ConfigDict], object]] = {
     **{name: functools.partial(run, name, stage) for name, stage in STAGES.items()},
     "preview": preview.show,
     "evaluate": evaluate.show,
+    "plan": plan.show,
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
@@ -22,6 +23,8 @@ ROWS = (DATA, FSDP)
 ROWS_B = jax.P(ROWS)
 ROWS_BL = jax.P(ROWS, None)
 ROWS_BLX = jax.P(ROWS, None, None)
+# Of micro-batches, one after the other.
+PARTS_BL = jax.P(None, ROWS, None)
 ACT_BLD = jax.P(ROWS, None, None)
 LOGITS_BLV = jax.P(ROWS, None, TENSOR)
 
@@ -61,7 +64,8 @@ def make_mesh(
             runs anywhere.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or ``data`` does
+            not divide over TPU slices that only the data-centre network joins.
     """
     sizes = [data, fsdp, tensor]
     if devices is None:
@@ -86,9 +90,23 @@ def make_mesh(
             f"mesh (data, fsdp, tensor) = {tuple(sizes)} needs {math.prod(sizes)} "
             f"devices, there are {len(devices)}; set one size to -1 to use them all"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    kinds = (AxisType.Explicit,) * 3
+    count = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if count == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    # Only replicas are joined by the network: they exchange gradients once a step.
+    if sizes[0] % count:
+        raise ValueError(
+            f"mesh.data = {sizes[0]} does not divide over {count} slices; set it "
+            f"to {count} or a multiple of it"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // count, *sizes[1:]),
+        (count, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
     )
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def without_fsdp(spec: jax.P) -> jax.P:

@@ -19,6 +19,7 @@ MIDDLE = {
     "data",
     "retrieval",
     "evaluation",
+    "planning",
     "loop",
     "losses",
     "optim",

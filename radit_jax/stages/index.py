@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -116,6 +117,18 @@ def score_temperature(config: ConfigDict, field: str) -> float:
     return 1.0 if temperature is None else temperature
 
 
+def make_encode(
+    dtype: jnp.dtype,
+) -> Callable[[Encoder, jax.Array, jax.Array], jax.Array]:
+    """The jitted function from token ids and mask, rows on the mesh, to embeddings."""
+
+    @jax.jit
+    def apply(encoder: Encoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return encoder(tokens, mask, dtype)
+
+    return apply
+
+
 def encoding(
     config: ConfigDict,
 ) -> Callable[[Encoder, np.ndarray, np.ndarray], jax.Array]:
@@ -123,11 +136,7 @@ def encoding(
 
     Batch and encoder are those of this process, on its ``own_mesh``.
     """
-    dtype = compute_dtype(config)
-
-    @jax.jit
-    def apply(encoder: Encoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return encoder(tokens, mask, dtype)
+    apply = make_encode(compute_dtype(config))
 
     def encode(
         encoder: Encoder, tokens_BL: np.ndarray, mask_BL: np.ndarray

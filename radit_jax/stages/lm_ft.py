@@ -122,8 +122,7 @@ def make_step(
 def place(batch: Packed) -> Packed:
     """This process' rows of a batch on the mesh: rows over the data axes, micro-batches
     in order."""
-    spec = jax.P(None, sharding.ROWS, None)
-    put = functools.partial(sharding.put_own, spec=spec)
+    put = functools.partial(sharding.put_own, spec=sharding.PARTS_BL)
     return Packed(*(put(array) for array in batch))
 
 
@@ -270,6 +269,19 @@ def check_settings(lm_ft: ConfigDict) -> None:
         )
 
 
+def check_context(lm_ft: ConfigDict, model: LlamaConfig) -> None:
+    """Stop if rows are longer than what the model can read.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if lm_ft.row_tokens > model.max_length:
+        raise ValueError(
+            f"lm_ft.row_tokens = {lm_ft.row_tokens} is more than the model's context "
+            f"of {model.max_length} tokens"
+        )
+
+
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Fine-tune, keeping the checkpoint with the best validation loss."""
     lm_ft = config.lm_ft
@@ -280,11 +292,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     batches, fixed = prepare_data(config, tokenizer)
     model = load_llama(lm_folder(config))
     check_vocabulary(tokenizer, model.config)
-    if lm_ft.row_tokens > model.config.max_length:
-        raise ValueError(
-            f"lm_ft.row_tokens = {lm_ft.row_tokens} is more than the model's context "
-            f"of {model.config.max_length} tokens"
-        )
+    check_context(lm_ft, model.config)
     weights = sum(x.size for x in jax.tree.leaves(model))
     log.info(
         "lm_ft: %.1fM weights, mesh %s, steps of %d x %d tokens in %d micro-batches",

@@ -48,6 +48,22 @@ class Scored(NamedTuple):
         return sums.astype(np.float32)
 
 
+def make_score(
+    dtype: DTypeLike,
+) -> Callable[[Llama, Packed, jax.Array], jax.Array]:
+    """The jitted function from packed rows to log-probabilities [B, T], whole on every
+    device: every process needs the scores of all rows, not of its own alone."""
+
+    @functools.partial(jax.jit, out_shardings=jax.P())
+    def log_probabilities(
+        model: Llama, batch: Packed, prefix_ids_BL: jax.Array
+    ) -> jax.Array:
+        log_BT = target_log_probabilities(model, batch, prefix_ids_BL, dtype)
+        return jax.sharding.reshard(log_BT, jax.P())
+
+    return log_probabilities
+
+
 class PromptScorer:
     """Scores answers under one frozen language model.
 
@@ -84,15 +100,7 @@ class PromptScorer:
             packing_bins=config.packing_bins,
         )
 
-        # Every process needs the scores of all rows, not of its own alone.
-        @functools.partial(jax.jit, out_shardings=jax.P())
-        def log_probabilities(
-            model: Llama, batch: Packed, prefix_ids_BL: jax.Array
-        ) -> jax.Array:
-            log_BT = target_log_probabilities(model, batch, prefix_ids_BL, dtype)
-            return jax.sharding.reshard(log_BT, jax.P())
-
-        self._log_probabilities = log_probabilities
+        self._log_probabilities = make_score(dtype)
         # Tokens of all sequences, those read, and the room of all rows; of this
         # process.
         self.alone = self.read = self.slots = 0

@@ -94,27 +94,13 @@ def train(
     """
     mirror.pull(folder, TRACKED)
     with contextlib.closing(batches):
-        learning_rate = optim.schedule(
-            config.learning_rate,
-            config.end_learning_rate,
-            config.warmup_steps,
-            config.steps,
-            config.schedule,
-        )
-        tx = optim.optimizer(
-            learning_rate,
-            config.beta1,
-            config.beta2,
-            config.eps,
-            config.weight_decay,
-            config.clip_norm,
-        )
+        tx, learning_rate = optimizer(config)
         key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
-        state = TrainState(
+        state = initial_state(
+            params,
+            tx,
             step=sharding.put(np.zeros((), np.int32), sharding.REPLICATED),
-            params=params,
-            opt_state=jax.jit(tx.init)(params),
-            rng=sharding.put(key_data, sharding.REPLICATED),
+            key_data=sharding.put(key_data, sharding.REPLICATED),
         )
         with (
             metric.checkpoints(folder, config.keep) as checkpoints,
@@ -139,6 +125,36 @@ def train(
         plot_curves(folder / METRICS_FILE, folder / "curves.png")
     assert best is not None
     return {"steps": int(state.step), "best_step": best}
+
+
+def optimizer(config: ConfigDict) -> tuple[Any, Callable[[Array], Array]]:
+    """The optimizer of a stage's section, and its learning rate by step.
+
+    Raises:
+        ValueError: an impossible schedule.
+    """
+    learning_rate = optim.schedule(
+        config.learning_rate,
+        config.end_learning_rate,
+        config.warmup_steps,
+        config.steps,
+        config.schedule,
+    )
+    tx = optim.optimizer(
+        learning_rate,
+        config.beta1,
+        config.beta2,
+        config.eps,
+        config.weight_decay,
+        config.clip_norm,
+    )
+    return tx, learning_rate
+
+
+def initial_state(params: Any, tx: Any, step: Array, key_data: Array) -> TrainState:
+    """What training starts from; moments are sharded as their weights are."""
+    opt_state = jax.jit(tx.init)(params)
+    return TrainState(step=step, params=params, opt_state=opt_state, rng=key_data)
 
 
 def _tracker(
