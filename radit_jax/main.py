@@ -13,6 +13,9 @@ from pathlib import Path
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+
+# What jax itself looks at before it sets libtpu up.
+from jax._src import hardware_utils
 from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict, config_flags
 
@@ -47,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     absl_logging.set_verbosity(absl_logging.INFO)
     quiet_libraries()
+    quiet_libtpu()
     use_compilation_cache(config)
     try:
         processes.start(settings_of(processes.Settings, config.distributed))
@@ -63,27 +67,32 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         # The user's to mend: the message says what. --config.debug shows where.
         if config.debug:
-            leave(error)
+            leave_all(error)
             raise
         print(f"error: {error}", file=sys.stderr)
-        leave(error)
+        leave_all(error, shown=True)
         sys.exit(1)
     except JaxRuntimeError as error:
         if processes.count() > 1:
             logging.error("an operation between processes failed: %s", error)
             processes.await_verdict()
-        leave(error)
+        leave_all(error)
         raise
     except BaseException as error:
-        leave(error)
+        leave_all(error)
         raise
 
 
-def leave(error: BaseException) -> None:
-    """Where there are several processes: tell the others of an error, and end."""
+def leave_all(error: BaseException, shown: bool = False) -> None:
+    """Where there are several processes: tell the others of an error, and end.
+
+    Args:
+        error: is told.
+        shown: whether the user of this process has seen it.
+    """
     if processes.count() == 1:
         return
-    if not isinstance(error, ValueError | OSError):
+    if not shown:
         traceback.print_exception(error)
     processes.fail(str(error) or type(error).__name__)
     sys.stdout.flush()
@@ -106,6 +115,15 @@ def quiet_libraries() -> None:
 
     # Orbax logs through absl's one logger, so it can only be told by its path.
     absl_logging.get_absl_handler().addFilter(ours)
+
+
+def quiet_libtpu() -> None:
+    """Where libtpu is installed to plan with and no TPU is attached, answer what it
+    would ask the cloud and complain about."""
+    chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+    if not chips:
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 
 
 def use_compilation_cache(config: ConfigDict) -> None:

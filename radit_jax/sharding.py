@@ -133,6 +133,12 @@ def check_divides(what: str, size: int, axes: Sequence[str] = (TENSOR,)) -> None
         )
 
 
+def local_size(shape: tuple[int, ...], spec: jax.P) -> int:
+    """Elements of an array that each device of the current mesh holds."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(NamedSharding(mesh, spec).shard_shape(shape))
+
+
 def row_shards() -> int:
     """Over how many devices the rows of a batch are spread."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -15,7 +15,7 @@ from radit_jax.inference.generate import (
     generate_mixed,
     stop_tokens,
 )
-from radit_jax.models.attention import Layout
+from radit_jax.models.attention import Kernel, Layout
 from radit_jax.models.llama import Llama, LlamaConfig
 
 V, NEW, LONGEST = 48, 10, 64
@@ -133,6 +133,22 @@ def test_mates_and_rows_change_nothing(
     for result, i in zip(found, order, strict=True):
         assert result.tokens == expected[i][0]
         assert result.log_probability == pytest.approx(expected[i][1], abs=1e-4)
+
+
+def test_prompts_are_read_by_the_kernel_that_is_asked_for(model, expected):
+    """The fused kernel, also over prompts that go on from one beginning."""
+    prompts = [PROMPTS[0] + PROMPTS[0], PROMPTS[0] + PROMPTS[1]]
+    plain = run(model, [*PROMPTS, *prompts], batch_tokens=900)
+    fused = run(
+        model,
+        [*PROMPTS, *prompts],
+        batch_tokens=900,
+        kernel=Kernel("splash", interpret=True),
+    )
+    for found, other in zip(fused, plain, strict=True):
+        assert found.tokens == other.tokens
+        assert found.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+    assert any(found != other for found, other in zip(fused, plain, strict=True))
 
 
 def test_meshes_agree(expected):

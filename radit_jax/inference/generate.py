@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from radit_jax import sharding
 from radit_jax.inference import packing
-from radit_jax.models.attention import Layout
+from radit_jax.models.attention import XLA, Kernel, Layout
 from radit_jax.models.layers import pick
 from radit_jax.models.llama import Cache, Llama
 
@@ -131,13 +131,14 @@ def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str], size: int) -> Stops:
     return stops
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "dtype"))
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "dtype", "kernel"))
 def prefill(
     model: Llama,
     rows: packing.PromptRows,
     seeds_BQ: Int[Array, "B Q"],
     max_new_tokens: int,
     dtype: DTypeLike,
+    kernel: Kernel = XLA,
 ) -> Decoding:
     """Read packed prompts and give the state to decode from.
 
@@ -147,12 +148,13 @@ def prefill(
         seeds_BQ: what the samples of a prompt depend on.
         max_new_tokens: room for each prompt.
         dtype: of compute and cache.
+        kernel: of attention.
     """
     B, L = rows.tokens_BL.shape
     Q = rows.sites_BQ.shape[1]
     layout = Layout(rows.segment_ids_BL, rows.positions_BL, rows.prefix_ids_BL)
     hidden_BLD, cache = model.prefill(
-        rows.tokens_BL, layout, L + Q * max_new_tokens, dtype
+        rows.tokens_BL, layout, L + Q * max_new_tokens, dtype, kernel
     )
     empty = functools.partial(
         jnp.zeros, (B, Q, max_new_tokens), out_sharding=sharding.ROWS_BLX
@@ -318,6 +320,7 @@ def generate(
     sampling: Sampling = GREEDY,
     batch_tokens: int = 8192,
     dtype: DTypeLike = jnp.float32,
+    kernel: Kernel = XLA,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """Continue every prompt until <eos>, a stop string or ``max_new_tokens``.
@@ -332,6 +335,7 @@ def generate(
         sampling: greedy by default.
         batch_tokens: of the rows of a batch, with room for new ones, at most.
         dtype: compute and cache dtype.
+        kernel: of attention over prompts; decoding steps have XLA's.
         progress: called with the number of prompts just finished.
 
     Raises:
@@ -348,6 +352,7 @@ def generate(
         sampling=sampling,
         batch_tokens=batch_tokens,
         dtype=dtype,
+        kernel=kernel,
         progress=progress,
     )
 
@@ -363,6 +368,7 @@ def generate_mixed(
     sampling: Sampling = GREEDY,
     batch_tokens: int = 8192,
     dtype: DTypeLike = jnp.float32,
+    kernel: Kernel = XLA,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """Continue several prompts of each question as one, token by token.
@@ -381,6 +387,7 @@ def generate_mixed(
         sampling: as of ``generate``.
         batch_tokens: as of ``generate``; a question's prompts stay together.
         dtype: as of ``generate``.
+        kernel: as of ``generate``.
         progress: called with the number of questions just finished.
 
     Returns:
@@ -405,6 +412,7 @@ def generate_mixed(
         sampling=sampling,
         batch_tokens=batch_tokens,
         dtype=dtype,
+        kernel=kernel,
         progress=progress,
     )
 
@@ -420,6 +428,7 @@ def _generate(
     sampling: Sampling,
     batch_tokens: int,
     dtype: DTypeLike,
+    kernel: Kernel,
     progress: Callable[[int], None] | None,
 ) -> list[Generated]:
     """One result for each group of prompts; without weights each has one."""
@@ -451,7 +460,7 @@ def _generate(
             groups=numbers,
             weights=weights,
         )
-        found = batch.run(rows, max_new_tokens, dtype)
+        found = batch.run(rows, max_new_tokens, dtype, kernel)
         results |= found
         if progress is not None:
             progress(len({int(numbers[place]) for place in found}))
@@ -470,14 +479,20 @@ class _Batch(NamedTuple):
     weights: Sequence[Sequence[float]] | None  # of each group's prompts
 
     def run(
-        self, rows: packing.PromptRows, max_new_tokens: int, dtype: DTypeLike
+        self,
+        rows: packing.PromptRows,
+        max_new_tokens: int,
+        dtype: DTypeLike,
+        kernel: Kernel,
     ) -> dict[int, Generated]:
         """What each prompt of the rows yields, by its place."""
         put = sharding.put_rows
         owners_BQ = rows.owners_BQ
         seeds_BQ = np.where(owners_BQ >= 0, self.groups[owners_BQ], 0).astype(np.int32)
         on_mesh = packing.PromptRows(*map(put, rows))
-        state = prefill(self.model, on_mesh, put(seeds_BQ), max_new_tokens, dtype)
+        state = prefill(
+            self.model, on_mesh, put(seeds_BQ), max_new_tokens, dtype, kernel
+        )
         mixing = self._mixing(owners_BQ)
         results: dict[int, Generated] = {}
         while True:

@@ -28,7 +28,7 @@ def constant(value: float, shape: tuple[int, ...], spec: jax.P) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.float32, out_sharding=spec))
 
 
-def use(param: nnx.Param, dtype: DTypeLike) -> Array:
+def use(param: nnx.Param | Array, dtype: DTypeLike) -> Array:
     """A weight ready for compute: cast first, then gathered over FSDP.
 
     Casting first halves the bytes of the all-gather in bf16; the transpose of the

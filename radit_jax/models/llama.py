@@ -186,16 +186,17 @@ class Llama(nnx.Module):
         x_BLD, kept = jax.lax.scan(step, self.embed(tokens_BL, dtype), self.layers)
         return rms_norm(x_BLD, self.final_norm[...], config.norm_eps), kept
 
-    def head_weight(self, dtype: DTypeLike) -> Float[Array, "V D"]:
-        """The output head; the embedding itself when they are tied."""
-        return use(self.embedding if self.head is None else self.head, dtype)
+    @property
+    def output_head(self) -> Float[Array, "V D"]:
+        """The master weight of the output head; the embedding when they are tied."""
+        return (self.embedding if self.head is None else self.head)[...]
 
     def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Float32 logits over the vocabulary."""
         return jnp.einsum(
             "BLD,VD->BLV",
             hidden_BLD,
-            self.head_weight(hidden_BLD.dtype),
+            use(self.output_head, hidden_BLD.dtype),
             preferred_element_type=jnp.float32,
             out_sharding=sharding.LOGITS_BLV,
         )

@@ -33,6 +33,7 @@ from radit_jax.stages.retrieve import (
 from radit_jax.stages.scoring import PromptScorer, Scored, check_rows
 from radit_jax.stages.stage import (
     Stage,
+    attention_kernel,
     check_counts,
     compute_dtype,
     field_fingerprint,
@@ -79,7 +80,10 @@ class Scorer(PromptScorer):
 
     def __init__(self, config: ConfigDict, model: Llama, tokenizer: Tokenizer):
         check_vocabulary(tokenizer, model.config)
-        super().__init__("lm_score", config.lm_score, model, compute_dtype(config))
+        super().__init__(
+            *("lm_score", config.lm_score, model, compute_dtype(config)),
+            attention_kernel(config, model.config.head_size),
+        )
         self.config = config.lm_score
         self.tokenizer = tokenizer
 

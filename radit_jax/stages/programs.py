@@ -105,6 +105,7 @@ def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     section, model = config.lm_score, llama_config(shape)
     B, L, T = section.rows, section.row_tokens, section.row_targets
     key = _key()
+    kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
     with aot.tracing(mesh):
         scoring.check_rows("lm_score", section)
         weights = jax.eval_shape(lambda key: Llama(model, key), key)
@@ -114,7 +115,7 @@ def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
 
     batch = Packed(of(L), of(L), of(L), of(T), of(T), of(T, jnp.float32))
     return Program(
-        scoring.make_score(DTYPE),
+        scoring.make_score(DTYPE, kernel),
         (aot.on(mesh, weights), batch, of(L)),
         {"model": WEIGHTS},
         B * L * lm_ft.flops_per_token(model, L, T / L) / 3,

@@ -14,6 +14,7 @@ from radit_jax import sharding
 from radit_jax.batch import Packed
 from radit_jax.data import pipeline, prompts
 from radit_jax.inference.score import target_log_probabilities
+from radit_jax.models.attention import XLA, Kernel
 from radit_jax.models.llama import Llama
 from radit_jax.stages.stage import check_counts
 
@@ -49,7 +50,7 @@ class Scored(NamedTuple):
 
 
 def make_score(
-    dtype: DTypeLike,
+    dtype: DTypeLike, kernel: Kernel = XLA
 ) -> Callable[[Llama, Packed, jax.Array], jax.Array]:
     """The jitted function from packed rows to log-probabilities [B, T], whole on every
     device: every process needs the scores of all rows, not of its own alone."""
@@ -58,7 +59,9 @@ def make_score(
     def log_probabilities(
         model: Llama, batch: Packed, prefix_ids_BL: jax.Array
     ) -> jax.Array:
-        log_BT = target_log_probabilities(model, batch, prefix_ids_BL, dtype)
+        log_BT = target_log_probabilities(
+            model, batch, prefix_ids_BL, dtype, kernel=kernel
+        )
         return jax.sharding.reshard(log_BT, jax.P())
 
     return log_probabilities
@@ -73,13 +76,21 @@ class PromptScorer:
             ``rows`` of a batch on all devices, and ``packing_bins``.
         model: on the current mesh.
         dtype: of compute.
+        kernel: of attention.
 
     Raises:
         ValueError: rows do not divide over the processes, or are longer than the
             model's context.
     """
 
-    def __init__(self, name: str, config: ConfigDict, model: Llama, dtype: DTypeLike):
+    def __init__(
+        self,
+        name: str,
+        config: ConfigDict,
+        model: Llama,
+        dtype: DTypeLike,
+        kernel: Kernel = XLA,
+    ):
         self.model = model
         if config.row_tokens > model.config.max_length:
             raise ValueError(
@@ -100,7 +111,7 @@ class PromptScorer:
             packing_bins=config.packing_bins,
         )
 
-        self._log_probabilities = make_score(dtype)
+        self._log_probabilities = make_score(dtype, kernel)
         # Tokens of all sequences, those read, and the room of all rows; of this
         # process.
         self.alone = self.read = self.slots = 0
