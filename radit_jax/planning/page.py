@@ -122,8 +122,8 @@ def of_plan(plan: Mapping[str, Any]) -> str:
 HEAD = """# What fits where, and how fast it can be
 
 Made by `python -m radit_jax.main --config configs/plan.py:scale`, which compiles the
-jitted step of each stage for the slice named (by {versions}), on one machine with
-no TPU. **Nothing here was run on a TPU.** What is exact, what is a bound:
+jitted step of each stage for the slice named, on one machine with no TPU, with
+{versions}. **Nothing here was run on a TPU.** What is exact, what is a bound:
 
 - *HBM* is the compiler's own buffer assignment, the program included: what a chip will
   hold. *of* is what libtpu lets a program have, the chip's memory less the runtime's.
@@ -135,7 +135,9 @@ no TPU. **Nothing here was run on a TPU.** What is exact, what is a bound:
   Published figures are not reached in practice.
 - *at most*: share of peak FLOPs (MFU) if all three overlap perfectly. No run is faster.
   *bare*: if the links never work while the chip computes. Real runs lie around it.
-- */s* and *hours* go with *at most*: of the whole run, {paper}.
+- */s* and *hours* go with *at most*. *hours* are of the whole run: 500 steps of LM-FT,
+  1,850 of R-FT, the answers of all 947,000 examples of R-FT after 10 passages and none,
+  2,500 questions to generate for, 399M passages to embed, 900,000 queries to search.
 - Every plan has its mesh, collectives and largest buffers in `plans/`. For your own:
   `--config configs/plan.py --config.stage_config=STAGE:MODEL --config.slice=...`. Where
   it does not fit, the nearest change that does is looked for, and
@@ -147,8 +149,7 @@ no TPU. **Nothing here was run on a TPU.** What is exact, what is a bound:
 def of_all(plans: Sequence[Mapping[str, Any]]) -> str:
     """The page about all checked-in plans."""
     versions = " and ".join(f"{n} {v}" for n, v in plans[0]["versions"].items())
-    paper = "500 steps of LM-FT, 1,850 of R-FT, the whole corpus, all of R-FT's pairs"
-    lines = [HEAD.format(versions=versions, paper=paper)]
+    lines = [HEAD.format(versions=versions)]
     lines += table(
         (
             *("recipe", "slice", "mesh", "remat, parts", "GiB", "of", "recompute"),
@@ -211,7 +212,7 @@ def _row(plan: Mapping[str, Any]) -> tuple[Any, ...]:
         f"{100 * plan['utilisation']:.0f} %",
         f"{100 * plan['utilisation_one_by_one']:.0f} %",
         f"{plan['items_per_second']:,.0f} {plan['unit']}",
-        f"{plan['hours']:.2f}",
+        f"{plan['hours']:.2g}",
     )
 
 
