@@ -10,7 +10,9 @@ settings of configs/evaluate.py, the peers are given tokens. Repeats take turns.
 Ensemble generation: every test question is read with each of its passages, greedy
 decoding, and the answers vote. The peer is `generate` of `transformers`, in batches of
 like length with as many tokens as ours, an allocator that keeps its memory, and our
-rule of when to stop; its votes are counted outside the clock.
+rule of when to stop; its votes are counted outside the clock. Once without and once
+with demonstrations (--shots, each with its top passage), for fewer questions: what
+prompts begin with alike ours reads once, the peer with each.
 
 Choice among options, closed book: ours reads a question once for all its options.
 Peers: one forward pass per option; the same without passes whose input was the last
@@ -42,16 +44,17 @@ from workers import OURS, Peer, interleaved, median
 from radit_jax import sharding
 from radit_jax.data import pipeline, prompts
 from radit_jax.data.corpus import PassageStore
+from radit_jax.data.fewshot import Demonstration, choose, prefix
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.evaluation import metrics
+from radit_jax.inference import packing
 from radit_jax.inference.ensemble import vote
-from radit_jax.inference.generate import BUCKETS, generate, stop_tokens
+from radit_jax.inference.generate import generate, stop_tokens
 from radit_jax.models.huggingface import load_llama
 from radit_jax.models.llama import Llama
 from radit_jax.stages import evaluate
 from radit_jax.stages.answering import Asked, Reader, task
-from radit_jax.stages.retrieve import limited, read_splits
-from radit_jax.stages.shots import Shots
+from radit_jax.stages.retrieve import limited, read_retrieved, read_splits
 
 ROOT = Path(__file__).parents[1]
 SYSTEM = "LM + retrieval"
@@ -72,24 +75,29 @@ class Work(NamedTuple):
     generation: ConfigDict
     choice: ConfigDict
     asked: list[Asked]  # with passages
+    demonstrations: list[str]
     of_set: dict[str, list[Asked]]  # with options
     folder: Path  # of the model
     tokenizer: Tokenizer
     model: Llama
 
-    def reader(self, config: ConfigDict) -> Reader:
+    def reader(self, config: ConfigDict, shots: Sequence[str] = ()) -> Reader:
         """A reader that remembers nothing."""
-        bos = self.tokenizer.add_bos
-        return Reader(config, self.model, self.tokenizer, bos, Shots(config, None, {}))
+        return Reader(
+            *(config, self.model, self.tokenizer, self.tokenizer.add_bos),
+            lambda example, dataset, read: shots,
+        )
 
-    def rendered(self) -> list[tuple[int, ...]]:
+    def rendered(
+        self, asked: Sequence[Asked], shots: Sequence[str] = ()
+    ) -> list[tuple[int, ...]]:
         """One for each passage of each question."""
         reader, section = self.reader(self.generation), self.generation.evaluate
         limit = section.prompt_tokens - section.max_new_tokens
         return [
-            tuple(reader.render(asked.example, passage.display, limit).tokens)
-            for asked in self.asked
-            for passage in asked.passages
+            tuple(reader.render(one.example, passage.display, limit, shots).tokens)
+            for one in asked
+            for passage in one.passages
         ]
 
     def options(self, name: str) -> list[tuple[prompts.Prompt, int]]:
@@ -133,6 +141,7 @@ def read_work(options: argparse.Namespace) -> Work:
     generation.dtype = choice.dtype = "float32"
     section = generation.evaluate
     section.passages, section.limit = options.passages, options.questions
+    section.prompt_tokens = 2048  # has room for the demonstrations
     section.systems = (SYSTEM,)
     section.batch_tokens = options.batch_tokens or section.batch_tokens
     choice.data.test = ", ".join(SETS.values())
@@ -148,6 +157,12 @@ def read_work(options: argparse.Namespace) -> Work:
         )
         for question in evaluate.questions(generation, store)[: options.questions]
     ]
+    examples, found = next(iter(read_retrieved(options.workdir, "train").values()))
+    best = {e.id: int(ids[0]) for e, ids in zip(examples, found.ids, strict=True)}
+    drawn = choose(examples, options.shots, 0, [one.example for one in asked])
+    demonstrations = [
+        prefix([Demonstration(one, store[best[one.id]].display)]) for one in drawn
+    ]
     every = read_splits(choice)["test"]
     of_set = {
         name: [
@@ -158,7 +173,7 @@ def read_work(options: argparse.Namespace) -> Work:
     }
     folder = (options.workdir / "inputs" / "lm").resolve()
     return Work(
-        *(generation, choice, asked, of_set),
+        *(generation, choice, asked, demonstrations, of_set),
         *(folder, load_tokenizer(folder), load_llama(folder)),
     )
 
@@ -186,11 +201,17 @@ def shared(content: Any) -> Iterator[str]:
         yield file.name
 
 
-def compare_generation(work: Work, python: Path, repeats: int) -> None:
+def compare_generation(
+    work: Work,
+    asked: Sequence[Asked],
+    shots: Sequence[str],
+    python: Path,
+    repeats: int,
+) -> None:
     """Run and print the ensemble."""
-    given = work.rendered()
+    given = work.rendered(asked, shots)
     section = work.generation.evaluate
-    of = task(work.generation, work.asked[0].dataset, work.asked[0].example)
+    of = task(work.generation, asked[0].dataset, asked[0].example)
     size = work.model.config.vocab_size
     tables = stop_tokens(work.tokenizer, of.stop, size)
     stops = {
@@ -209,10 +230,11 @@ def compare_generation(work: Work, python: Path, repeats: int) -> None:
             batch_tokens=section.batch_tokens,
         )
         # One that remembers answers would have nothing to do the second time.
-        ours = Ours(lambda: work.reader(work.generation), work.asked)
+        ours = Ours(lambda: work.reader(work.generation, shots), asked)
         results = interleaved(ours, {name: peer}, repeats)
     aims = {name: GENERATION_AIM}
-    print_speeds("ensemble generation", len(work.asked), seconds_of(results), aims)
+    what = f"ensemble generation, {len(shots)} demonstrations"
+    print_speeds(what, len(asked), seconds_of(results), aims)
     generated = generate(
         work.model,
         work.tokenizer,
@@ -229,20 +251,26 @@ def compare_generation(work: Work, python: Path, repeats: int) -> None:
     texts = [spoken(work.tokenizer, tokens, of.stop) for tokens in theirs["tokens"]]
     votes = []
     start = 0
-    for asked in work.asked:
-        part = slice(start, start + len(asked.passages))
+    for one in asked:
+        part = slice(start, start + len(one.passages))
         log = theirs["sums"][part]
-        found = vote(texts[part], log, asked.weights, metrics.normalise)
+        found = vote(texts[part], log, one.weights, metrics.normalise)
         votes.append(found[0].text)
         start = part.stop
     answered = results[OURS][-1]["answered"]
     agreed = np.mean([a.prediction == v for a, v in zip(answered, votes, strict=True)])
     alike = np.mean([o.text == t for o, t in zip(generated, texts, strict=True)])
-    lengths = [len(prompt) for prompt in given]
     new = [len(one.tokens) for one in generated]
+    rows = packing.pack(given, [], of.max_new_tokens, section.batch_tokens)
+    read = sum(int((batch.segment_ids_BL > 0).sum()) for batch in rows)
+    total, slots = sum(map(len, given)), sum(b.tokens_BL.size for b in rows)
     print(
-        f"{len(given)} prompts of {np.mean(lengths):.0f} tokens, {np.mean(new):.1f} "
-        f"new ones; same tokens {100 * same.mean():.1f} %, same text "
+        f"{len(given)} prompts of {total / len(given):.0f} tokens, {np.mean(new):.1f} "
+        f"new ones; ours shares {100 * (1 - read / total):.0f} % of the tokens, "
+        f"padding {100 * (1 - read / slots):.0f} %"
+    )
+    print(
+        f"same tokens {100 * same.mean():.1f} %, same text "
         f"{100 * alike:.1f} %, same vote {100 * agreed:.1f} %; "
         f"log-probabilities of the same tokens differ by at most "
         f"{max(apart, default=np.nan):.1e} nats"
@@ -354,7 +382,7 @@ def compile_all(options: argparse.Namespace) -> dict[str, Any]:
             names.append(str(facts["fun_name"]))
 
     work = read_work(options)
-    given = work.rendered()
+    given = work.rendered(work.asked)
     section = work.generation.evaluate
     of = task(work.generation, work.asked[0].dataset, work.asked[0].example)
     # Loading the model is not counted.
@@ -362,10 +390,7 @@ def compile_all(options: argparse.Namespace) -> dict[str, Any]:
     generate(
         work.model,
         work.tokenizer,
-        # One of each bucket.
-        list(
-            {np.searchsorted(BUCKETS, len(prompt)): prompt for prompt in given}.values()
-        ),
+        given,
         max_new_tokens=of.max_new_tokens,
         stop=of.stop,
         batch_tokens=section.batch_tokens,
@@ -408,6 +433,10 @@ def main() -> None:
     parser.add_argument("--offline", type=Path, default=Path("runs/offline"))
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--passages", type=int, default=10)
+    parser.add_argument("--shots", type=int, default=5, help="demonstrations")
+    parser.add_argument(
+        "--shot-questions", type=int, default=4, help="that are asked with them"
+    )
     parser.add_argument("--arc", type=int, default=64, help="questions of ARC-Easy")
     parser.add_argument("--mmlu", type=int, default=32, help="questions of MMLU")
     parser.add_argument(
@@ -434,7 +463,9 @@ def main() -> None:
         print_compilation(sys.argv[1:], cache)
         python = ensure()
         work = read_work(options)
-        compare_generation(work, python, options.repeats)
+        compare_generation(work, work.asked, (), python, options.repeats)
+        few = work.asked[: options.shot_questions]
+        compare_generation(work, few, work.demonstrations, python, options.repeats)
         compare_choice(work, python, options.repeats)
 
 

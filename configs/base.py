@@ -5,7 +5,11 @@ from difflib import get_close_matches
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-VARIANTS = ("", "tiny", "demo", "mini", "own", "offline")
+from configs.models import LLAMAS
+
+# The paper's settings: for LLaMA 7B, or for a model by name.
+PAPER = ("", *LLAMAS)
+VARIANTS = ("", "tiny", "demo", "mini", "own", "offline", *LLAMAS)
 FACTBOOK = ("demo", "mini")  # real small models, questions about the World Factbook
 # The same language model and published evaluation sets, from packages.
 OFFLINE_STAGES = ("prepare", "preview", "evaluate")
@@ -27,6 +31,8 @@ TEST_DATASETS = (
     *("mmlu", "nq", "tqa", "eli5", "hopo", "fever", "aida", "zsre", "trex", "wow"),
     *("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc_e", "arc_c", "obqa"),
 )
+# Devices that share a row, where a model is too large for fewer.
+TENSOR = {"llama_33b": 2, "llama_65b": 4, "llama2_70b": 4, "llama3_70b": 4}
 SMALL = (
     *FACTBOOK,
     "own",
@@ -35,7 +41,7 @@ SMALL = (
 
 
 def base(stage: str, variant: str) -> ConfigDict:
-    """Shared fields; ``variant`` is "" for the paper's settings.
+    """Shared fields; ``variant`` is one of PAPER for the paper's settings.
 
     Raises:
         ValueError: an unknown variant.
@@ -54,6 +60,9 @@ def base(stage: str, variant: str) -> ConfigDict:
     c = ConfigDict()
     c.stage = stage
     c.workdir = f"runs/{variant or 'paper'}"  # artifacts go here
+    # gs://BUCKET/FOLDER, or a folder: what is finished, and checkpoints, are kept there
+    # too, and fetched from there by a machine that has an empty disk; docs/launch.md.
+    c.mirror = ""
     c.seed = 0
     c.debug = False  # True: show where an error was raised, not only what it says
     c.compilation_cache = "~/.cache/radit_jax/xla"  # "": compile anew each time
@@ -67,6 +76,19 @@ def base(stage: str, variant: str) -> ConfigDict:
     c.pooling = ConfigDict({"kind": "", "normalize": placeholder(bool)})
     # Sizes of the device mesh; one may be -1, "all that are left".
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+    # Several processes that run this together, one command on each host. "", 0 and -1:
+    # as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, a TPU pod, SLURM
+    # or Open MPI say; alone where none of them does.
+    c.distributed = ConfigDict(
+        {
+            "coordinator": "",  # HOST:PORT of process 0
+            "processes": 0,
+            "process": -1,  # which this is, from 0
+            "start_seconds": 300,  # until all must have come
+            # Of silence, after which a process is taken for dead and all others end.
+            "heartbeat_seconds": 60,
+        }
+    )
     # Whether training splits what it keeps between layers over tensor, too, by tokens.
     c.mesh.sequence = False
     c.data = ConfigDict()
@@ -96,8 +118,9 @@ def base(stage: str, variant: str) -> ConfigDict:
         c.lm = c.get_ref("workdir") + "/inputs/lm"
         c.data.root = c.get_ref("workdir") + "/inputs/sets"
         c.data.test = ", ".join(OFFLINE_DATASETS)
-    if variant == "":
+    if variant in PAPER:
         c.mesh.fsdp = -1
+        c.mesh.tensor = TENSOR.get(variant, 1)
         c.data.train = ", ".join(TRAIN_DATASETS)
         c.data.limit.dev = 2500  # section 4.2: at most 2500 dev examples of a task
         c.data.test = ", ".join(TEST_DATASETS)

@@ -59,7 +59,7 @@ def section(config: ConfigDict, variant: str) -> None:
         c.score_temperature = 0.05
     if variant in (*SMALL, "tiny"):
         c.prompt_tokens, c.max_new_tokens = 512, 16
-        c.batch_tokens = 8192
+        c.batch_tokens = 16384
         c.row_targets, c.rows = 256, 8
     if variant in SMALL:
         c.passages = 3
@@ -77,6 +77,7 @@ def section(config: ConfigDict, variant: str) -> None:
         c.systems = ("LM",)
         # The tasks' own lengths; few rows, because a batch of a small set is full too.
         c.max_new_tokens, c.prompt_tokens, c.rows = 0, 1024, 4
+        c.row_targets = 384
     if variant == "tiny":
         c.passages = 2
         c.prompt_tokens, c.max_new_tokens = 128, 6

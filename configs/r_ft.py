@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import index, lm_score, retrieve
-from configs.base import FACTBOOK, SMALL, base
+from configs.base import FACTBOOK, PAPER, SMALL, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -51,7 +51,7 @@ def section(config: ConfigDict, variant: str) -> None:
     c.target = "lm"
     c.controls = ()  # further targets to train towards, for comparison
     # Share of self-supervised examples in a batch (see retrieve.corpus_examples).
-    c.corpus_share = 0.95 if variant == "" else 0.0
+    c.corpus_share = 0.95 if variant in PAPER else 0.0
     c.towers = "query"  # "both": the context encoder trains too, on its own copy
     c.passage_tokens = 256  # of a passage, where both towers train
     c.refresh_every = 0  # steps between retrieving and scoring anew; 0: never

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from configs import (
     corpus,
     evaluate,
+    export,
     index,
     lm_ft,
     lm_score,
@@ -37,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
         *("lm_score", "r_ft", "retrieve_r_ft"),
         *("lm_ft", "evaluate"),
     )
-    for stage in (corpus, index, retrieve, lm_score, r_ft, lm_ft, evaluate):
+    for stage in (corpus, index, retrieve, lm_score, r_ft, lm_ft, evaluate, export):
         stage.section(config, variant)
     if variant in PREPARED:
         prepare.section(config, variant)

@@ -10,7 +10,7 @@ evaluation read the result.
 
 from ml_collections import ConfigDict
 
-from configs.base import base
+from configs.base import PAPER, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -22,7 +22,7 @@ def section(config: ConfigDict, variant: str) -> None:
     c.shard_size = 8192  # questions per file; a finished file is not searched again
     # Self-supervised examples for R-FT (section 3.3): the first and the last tokens of
     # so many random passages, as question and answer.
-    c.corpus_examples = 900_000 if variant == "" else 0
+    c.corpus_examples = 900_000 if variant in PAPER else 0
     c.corpus_tokens = 50
     if variant == "tiny":
         c.corpus_examples, c.corpus_tokens = 20, 4

@@ -6,6 +6,7 @@
 # seconds; an interrupted one goes on where it stopped.
 # Further arguments are passed on, for example --config.workdir=DIR.
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install ""
 exec python -m radit_jax.main --config configs/radit.py:demo "$@"

@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: a virtual environment with radit_jax, and memory settings.
 # Python 3.11 or later and pip are all it needs.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 if [ -z "${VIRTUAL_ENV:-}" ]; then
   if [ ! -x .venv/bin/python ]; then

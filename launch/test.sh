@@ -2,6 +2,7 @@
 # Lint, format, types and tests, on eight fake CPU devices. Further arguments go to
 # pytest, for example: bash launch/test.sh tests/test_llama.py -k rope
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install test
 ruff check .

@@ -169,11 +169,16 @@ def finish(plan: Plan, counts: Mapping[str, Any]) -> Path:
     temporary = plan.partial / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, plan.partial / MANIFEST)
+    return install(plan, plan.partial)
+
+
+def install(plan: Plan, folder: Path) -> Path:
+    """Give a whole folder the artifact's name; one that bears it is moved aside."""
     if plan.folder.exists():
         aside = _aside(plan.folder)
         log.info("%s was made with other settings: moved to %s", plan.folder, aside)
         plan.folder.rename(aside)
-    plan.partial.rename(plan.folder)
+    folder.rename(plan.folder)
     return plan.folder
 
 

@@ -5,7 +5,7 @@ process killed at any moment leaves only complete checkpoints behind.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,20 +47,24 @@ class Checkpoints:
     """The checkpoints of one run: the newest ones and the best one are kept.
 
     Args:
-        folder: where they live, one sub-folder per step.
+        folder: where they live, one sub-folder per step; ``gs://`` as an epath.
         keep: how many of the newest are kept.
         metric: name of the validation metric that says which one is best.
         higher_is_better: for that metric.
+        before_save: called before a checkpoint is begun, with all earlier ones whole.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Any,
         keep: int = 1,
         metric: str = "",
         higher_is_better: bool = False,
+        before_save: Callable[[], None] = lambda: None,
     ):
-        self.folder = folder
+        # A bucket has no other names for a folder; resolving would make one up.
+        self.folder = folder.resolve() if isinstance(folder, Path) else folder
+        self._before_save = before_save
         self.metric = metric
         self.higher_is_better = higher_is_better
         policies = ocp.training.preservation_policies
@@ -78,7 +82,7 @@ class Checkpoints:
             )
         self._writing: int | None = None
         self._checkpointer = ocp.training.Checkpointer(
-            folder.resolve(), preservation_policy=preserve, cleanup_tmp_directories=True
+            self.folder, preservation_policy=preserve, cleanup_tmp_directories=True
         )
 
     @property
@@ -112,6 +116,7 @@ class Checkpoints:
         """
         # Orbax would wait for the previous save too, and blame this step for it.
         self.wait()
+        self._before_save()
         self._writing = step
         try:
             self._checkpointer.save_checkpointables_async(
@@ -174,7 +179,7 @@ class Checkpoints:
 
     def _check(self, step: int, name: str, target: Any) -> None:
         """Compare trees first: Orbax reports a wrong tree opaquely and casts dtypes."""
-        folder = self.folder.resolve() / str(step)
+        folder = self.folder / str(step)
         if not (folder / name).is_dir():
             raise CheckpointError(
                 f"{folder}: no such checkpoint, or it has no {name!r}"

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from radit_jax import processes, sharding
 from radit_jax.checkpoint import Checkpoints
-from radit_jax.tracker import Tracker, progress
+from radit_jax.tracker import NoTracker, Tracker, progress
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,13 @@ class Batches(Protocol):
         """The next batch."""
         ...
 
-    def get_state(self) -> Any:
-        """The position, JSON-serialisable."""
+    def get_state(self) -> dict[str, Any]:
+        """What this process knows of the position, JSON-serialisable; processes that
+        know something of the same name know the same."""
         ...
 
-    def set_state(self, state: Any) -> None:
-        """Go to a position."""
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go to a position, given what all processes knew together."""
         ...
 
 
@@ -83,7 +85,7 @@ def fit(
     place: Callable[[Any], Any],
     validate: Callable[[Any], dict[str, float]],
     checkpoints: Checkpoints,
-    tracker: Tracker,
+    tracker: Tracker | NoTracker,
     schedule: Schedule,
     before_step: Callable[[int, Any], None] = lambda done, params: None,
     flops_per_token: float = 0.0,
@@ -113,7 +115,7 @@ def fit(
         Stopped: SIGTERM or SIGINT arrived; the state was saved first.
         CheckpointError: a checkpoint could not be written or read.
     """
-    restored = checkpoints.latest
+    restored = processes.from_first(checkpoints.latest)
     if restored is not None:
         log.info("going on from step %d of %s", restored, checkpoints.folder)
         state = _restore(checkpoints, restored, state, batches)
@@ -125,8 +127,9 @@ def fit(
         _save(checkpoints, 0, state, batches, start)
     timer = _Timer()
     late: tuple[int, dict[str, jax.Array]] | None = None
-    with _signals() as stop, progress(schedule.steps, "training", "steps") as bar:
+    with _signals() as signalled, progress(schedule.steps, "training", "steps") as bar:
         bar.skip(done)
+        stop = _Agreement(signalled)
         while done < schedule.steps:
             with timer("before_step"):
                 before_step(done, state.params)
@@ -144,7 +147,7 @@ def fit(
             log_now = last or done % schedule.log_every == 0
             validate_now = last or done % schedule.validate_every == 0
             # Once a step: a signal that comes between two looks waits for the next.
-            stopping = stop.is_set()
+            stopping = stop()
             save_now = validate_now or stopping or done % schedule.save_every == 0
             if log_now or save_now:
                 with timer("step"):
@@ -222,6 +225,15 @@ def _non_finite(
     )
 
 
+def _trees(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint keeps, besides the position in the data."""
+    return {
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "rng": {"key_data": state.rng, "step": state.step},
+    }
+
+
 def _save(
     checkpoints: Checkpoints,
     step: int,
@@ -229,31 +241,42 @@ def _save(
     batches: Batches,
     scores: Mapping[str, float] | None,
 ) -> None:
-    trees = {
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "rng": {"key_data": state.rng, "step": state.step},
-        "data": batches,
-    }
-    checkpoints.save(step, trees, scores)
+    position = processes.united(batches.get_state())
+    checkpoints.save(step, _trees(state) | {"data": position}, scores)
 
 
 def _restore(
     checkpoints: Checkpoints, step: int, state: TrainState, batches: Batches
 ) -> TrainState:
-    targets = {
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "rng": {"key_data": state.rng, "step": state.step},
-        "data": batches,
-    }
-    found = checkpoints.restore(step, targets)
+    found = checkpoints.restore(step, _trees(state) | {"data": None})
+    batches.set_state(found["data"])
     return TrainState(
         step=found["rng"]["step"],
         params=found["params"],
         opt_state=found["opt_state"],
         rng=found["rng"]["key_data"],
     )
+
+
+class _Agreement:
+    """Whether to stop, the same at the same step on all processes.
+
+    With several of them each look asks, and answers what was asked a look ago, so that
+    the devices are never waited for.
+    """
+
+    def __init__(self, signalled: threading.Event):
+        self._signalled = signalled
+        self._asked: jax.Array | None = None
+
+    def __call__(self) -> bool:
+        if processes.count() == 1:
+            return self._signalled.is_set()
+        asked, self._asked = (
+            self._asked,
+            sharding.any_process(self._signalled.is_set()),
+        )
+        return asked is not None and bool(asked)
 
 
 class _Timer:

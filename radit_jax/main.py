@@ -1,28 +1,29 @@
 """The front door: ``python -m radit_jax.main --config configs/STAGE.py[:variant]``."""
 
-import os
-
-# Compiling for a TPU that is not attached must not look for one; and a CPU or GPU run
-# should not show libtpu's notes about missing cloud metadata.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-
 import ast
 import difflib
 import functools
 import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+
+# What jax itself looks at before it sets libtpu up.
+from jax._src import hardware_utils
+from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict, config_flags
 
+from radit_jax import processes
 from radit_jax.loop import Stopped
-from radit_jax.stages import evaluate, preview
+from radit_jax.stages import evaluate, plan, preview
 from radit_jax.stages.radit import STAGES, run_chain
-from radit_jax.stages.stage import run
+from radit_jax.stages.stage import run, section, settings_of
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A recipe such as configs/radit.py:demo.", lock_config=True
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Callable[[ConfigDict], object]] = {
     **{name: functools.partial(run, name, stage) for name, stage in STAGES.items()},
     "preview": preview.show,
     "evaluate": evaluate.show,
+    "plan": plan.show,
 }
 
 
@@ -48,17 +50,55 @@ def main(argv: Sequence[str]) -> None:
     config = _CONFIG.value
     absl_logging.set_verbosity(absl_logging.INFO)
     quiet_libraries()
+    quiet_libtpu()
     use_compilation_cache(config)
     try:
+        processes.start(settings_of(processes.Settings, config.distributed))
+        if not processes.first():
+            # What all of them do is told once; their warnings are their own.
+            absl_logging.set_verbosity(absl_logging.WARNING)
+        processes.check_same_start(section(config))
         COMMANDS[config.stage](config)
+        processes.finish()
     except Stopped as stopped:
         logging.error("%s", stopped)
+        processes.finish()
         sys.exit(INTERRUPTED if type(stopped) is Stopped else 1)
     except (ValueError, OSError) as error:
         # The user's to mend: the message says what. --config.debug shows where.
         if config.debug:
+            leave_all(error)
             raise
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        leave_all(error, shown=True)
+        sys.exit(1)
+    except JaxRuntimeError as error:
+        if processes.count() > 1:
+            logging.error("an operation between processes failed: %s", error)
+            processes.await_verdict()
+        leave_all(error)
+        raise
+    except BaseException as error:
+        leave_all(error)
+        raise
+
+
+def leave_all(error: BaseException, shown: bool = False) -> None:
+    """Where there are several processes: tell the others of an error, and end.
+
+    Args:
+        error: is told.
+        shown: whether the user of this process has seen it.
+    """
+    if processes.count() == 1:
+        return
+    if not shown:
+        traceback.print_exception(error)
+    processes.fail(str(error) or type(error).__name__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # An orderly end would wait for the others.
+    os._exit(1)
 
 
 def quiet_libraries() -> None:
@@ -75,6 +115,15 @@ def quiet_libraries() -> None:
 
     # Orbax logs through absl's one logger, so it can only be told by its path.
     absl_logging.get_absl_handler().addFilter(ours)
+
+
+def quiet_libtpu() -> None:
+    """Where libtpu is installed to plan with and no TPU is attached, answer what it
+    would ask the cloud and complain about."""
+    chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+    if not chips:
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
 
 
 def use_compilation_cache(config: ConfigDict) -> None:

@@ -8,9 +8,12 @@ code is today's ``jax.jit`` over such a mesh.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
@@ -19,6 +22,9 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 ROWS = (DATA, FSDP)
 ROWS_B = jax.P(ROWS)
 ROWS_BL = jax.P(ROWS, None)
+ROWS_BLX = jax.P(ROWS, None, None)
+# Of micro-batches, one after the other.
+PARTS_BL = jax.P(None, ROWS, None)
 ACT_BLD = jax.P(ROWS, None, None)
 # The same between layers, tokens split over the devices of a row (Korthikanti et al.
 # 2022, section 4.2.2): what norms and residuals keep is divided by the tensor axis.
@@ -56,16 +62,19 @@ def make_mesh(
         data: replicas that see different rows and hold the same weights.
         fsdp: devices that see different rows and share one copy of the weights.
         tensor: devices that share one row by splitting heads, MLP and vocabulary.
-        devices: the devices to use; by default all, or the first ones if the mesh
-            is (1, 1, 1), so that a laptop recipe runs anywhere.
+        devices: the devices to use; by default all of all processes, or the first one
+            if the mesh is (1, 1, 1) and there is one process, so that a laptop recipe
+            runs anywhere.
 
     Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices, or ``data`` does
+            not divide over TPU slices that only the data-centre network joins.
     """
     sizes = [data, fsdp, tensor]
     if devices is None:
         devices = jax.devices()
-        if sizes == [1, 1, 1]:
+        # With several processes each must have a device in it.
+        if sizes == [1, 1, 1] and jax.process_count() == 1:
             devices = devices[:1]
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise ValueError(
@@ -84,9 +93,23 @@ def make_mesh(
             f"mesh (data, fsdp, tensor) = {tuple(sizes)} needs {math.prod(sizes)} "
             f"devices, there are {len(devices)}; set one size to -1 to use them all"
         )
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices
+    kinds = (AxisType.Explicit,) * 3
+    count = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if count == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+    # Only replicas are joined by the network: they exchange gradients once a step.
+    if sizes[0] % count:
+        raise ValueError(
+            f"mesh.data = {sizes[0]} does not divide over {count} slices; set it "
+            f"to {count} or a multiple of it"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // count, *sizes[1:]),
+        (count, 1, 1),
+        devices,
+        allow_split_physical_axes=True,
     )
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def without_fsdp(spec: jax.P) -> jax.P:
@@ -157,16 +180,115 @@ def check_rows(rows: int, what: str) -> None:
         )
 
 
-def put(array: np.ndarray, spec: jax.P) -> jax.Array:
-    """Place a host array on the current mesh.
+def process_rows() -> tuple[int, int]:
+    """Which part of a batch's rows the devices of this process hold, of how many.
 
-    With several processes each one holds its own rows, and the global array is all
-    of them together.
+    Processes that only split heads among each other hold the same part, and must read
+    the same data.
+
+    Raises:
+        ValueError: the parts of two processes overlap without being the same.
     """
+    mesh = jax.sharding.get_mesh()
+    parts: dict[int, set[int]] = {}
+    places = NamedSharding(mesh, ROWS_B).devices_indices_map((row_shards(),))
+    for device in mesh.devices.flat:
+        row, _, _ = places[device][0].indices(row_shards())
+        parts.setdefault(device.process_index, set()).add(row)
+    distinct = sorted({tuple(sorted(rows)) for rows in parts.values()})
+    if sum(map(len, distinct)) != row_shards():
+        raise ValueError(
+            f"mesh (data, fsdp, tensor) = {tuple(mesh.shape.values())}: the rows of a "
+            f"batch do not split over the {len(parts)} processes; let the sizes of "
+            f"{' and '.join(ROWS)} multiply to a multiple of {len(parts)}, or to a "
+            "divisor of it"
+        )
+    mine = tuple(sorted(parts[jax.process_index()]))
+    return distinct.index(mine), len(distinct)
+
+
+def own_mesh() -> Mesh:
+    """The devices of this process alone, for models that fit there: what each process
+    does by itself needs no other one.
+
+    It is the current mesh where there is but one process.
+    """
+    if jax.process_count() == 1:
+        return jax.sharding.get_mesh()
+    devices = jax.local_devices()
+    return make_mesh(data=len(devices), devices=devices)
+
+
+def put(array: np.ndarray, spec: jax.P) -> jax.Array:
+    """Place a host array, whole on every process, on the current mesh."""
+    array = np.asarray(array)
+    placement = NamedSharding(jax.sharding.get_mesh(), spec)
+    return jax.make_array_from_callback(array.shape, placement, lambda at: array[at])
+
+
+def put_rows(array: np.ndarray) -> jax.Array:
+    """Place a host array, whole on every process, its first axis over the rows."""
+    return put(array, rows_spec(array.ndim))
+
+
+def put_own(array: np.ndarray, spec: jax.P) -> jax.Array:
+    """Place this process' part of an array (see ``process_rows``) on the current mesh;
+    the parts of all processes together are the array."""
     placement = NamedSharding(jax.sharding.get_mesh(), spec)
     return jax.make_array_from_process_local_data(placement, np.asarray(array))
 
 
-def put_rows(array: np.ndarray) -> jax.Array:
-    """Place a host array on the current mesh, its first axis over the rows."""
-    return put(array, jax.P(ROWS, *(None,) * (array.ndim - 1)))
+def put_own_rows(array: np.ndarray) -> jax.Array:
+    """Place this process' rows of an array, its first axis over the rows."""
+    return put_own(array, rows_spec(array.ndim))
+
+
+def rows_spec(dimensions: int) -> jax.P:
+    """Spec of an array whose first axis is the rows of a batch."""
+    return jax.P(ROWS, *(None,) * (dimensions - 1))
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """An array of the current mesh as one on the host, whole on every process.
+
+    All processes must ask for it together.
+    """
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = _replicated(array)
+    return np.asarray(array)
+
+
+@jax.jit
+def _replicated(array: jax.Array) -> jax.Array:
+    return jax.sharding.reshard(array, REPLICATED)
+
+
+def on_own_mesh(tree: Any) -> Any:
+    """A copy of weights of the current mesh on ``own_mesh()``, whole.
+
+    All processes must ask for it together.
+    """
+    if jax.process_count() == 1:
+        return tree
+    mesh = own_mesh()
+
+    def copy(array: jax.Array) -> jax.Array:
+        whole, spec = fetch(array), jax.typeof(array).sharding.spec
+        return jax.device_put(whole, NamedSharding(mesh, spec))
+
+    return jax.tree.map(copy, tree)
+
+
+def any_process(flag: bool) -> jax.Array:
+    """Whether a flag is set on any process; the same on all of them, which must ask
+    together. An array, so that asking does not wait for the devices."""
+    mesh = jax.sharding.get_mesh()
+    flags = jax.make_array_from_callback(
+        (mesh.size,), NamedSharding(mesh, jax.P(AXES)), lambda at: np.full(1, flag)
+    )
+    return _any(flags)
+
+
+@jax.jit
+def _any(flags: jax.Array) -> jax.Array:
+    return jnp.any(jax.sharding.reshard(flags, REPLICATED))

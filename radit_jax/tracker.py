@@ -138,6 +138,26 @@ class Tracker:
         self.close()
 
 
+class NoTracker:
+    """Of a process that leaves the metrics of a run to another one."""
+
+    def log(
+        self, step: int, metrics: Mapping[str, SupportsFloat], prefix: str = "train"
+    ) -> None:
+        """Nothing is recorded."""
+
+    def __enter__(self) -> "NoTracker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """There is nothing to close."""
+
+
 def _scalar(name: object, value: SupportsFloat) -> float:
     if not isinstance(name, str):
         raise ValueError(f"metric name {name!r} is a {type(name).__name__}, not a str")

@@ -1,8 +1,12 @@
 """Eight fake CPU devices, and no silent broadcasting, for every test."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
+
+# Tests run on CPUs; libtpu is there to compile only, and would look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest

@@ -7,6 +7,7 @@ import pytest
 
 from radit_jax import sharding
 from radit_jax.inference import generate as module
+from radit_jax.inference import packing
 from radit_jax.inference.generate import (
     GREEDY,
     Sampling,
@@ -14,7 +15,7 @@ from radit_jax.inference.generate import (
     generate_mixed,
     stop_tokens,
 )
-from radit_jax.models.attention import Layout
+from radit_jax.models.attention import Kernel, Layout
 from radit_jax.models.llama import Llama, LlamaConfig
 
 V, NEW, LONGEST = 48, 10, 64
@@ -118,17 +119,36 @@ def test_greedy_is_the_reference_token_by_token(model, expected):
     assert len({len(set(tokens)) for tokens, _ in expected}) > 1  # not one loop
 
 
-@pytest.mark.parametrize(("batch_tokens", "bucket"), [(1, 40), (240, 16)])
-def test_batch_mates_and_buckets_change_nothing(
-    model, expected, batch_tokens, bucket, monkeypatch
+@pytest.mark.parametrize(
+    ("batch_tokens", "bucket", "long_row"), [(1, 64, 1), (240, 16, 1), (900, 128, 128)]
+)
+def test_mates_and_rows_change_nothing(
+    model, expected, batch_tokens, bucket, long_row, monkeypatch
 ):
-    """Also one row at a time, and prompts longer than every bucket but the last."""
-    monkeypatch.setattr(module, "BUCKETS", (bucket,))
+    """Also one row at a time, and prompts longer than every bucket."""
+    monkeypatch.setattr(packing, "BUCKETS", (bucket,))
+    monkeypatch.setattr(packing, "LONG_ROW", long_row)
     order = np.random.default_rng(1).permutation(len(PROMPTS))
     found = run(model, [PROMPTS[i] for i in order], batch_tokens=batch_tokens)
     for result, i in zip(found, order, strict=True):
         assert result.tokens == expected[i][0]
         assert result.log_probability == pytest.approx(expected[i][1], abs=1e-4)
+
+
+def test_prompts_are_read_by_the_kernel_that_is_asked_for(model, expected):
+    """The fused kernel, also over prompts that go on from one beginning."""
+    prompts = [PROMPTS[0] + PROMPTS[0], PROMPTS[0] + PROMPTS[1]]
+    plain = run(model, [*PROMPTS, *prompts], batch_tokens=900)
+    fused = run(
+        model,
+        [*PROMPTS, *prompts],
+        batch_tokens=900,
+        kernel=Kernel("splash", interpret=True),
+    )
+    for found, other in zip(fused, plain, strict=True):
+        assert found.tokens == other.tokens
+        assert found.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+    assert any(found != other for found, other in zip(fused, plain, strict=True))
 
 
 def test_meshes_agree(expected):
@@ -290,9 +310,9 @@ def test_decoding_ends_once_every_row_has_stopped(model, expected, monkeypatch):
     decode = module.decode
 
     def counted(*args):
-        state = decode(*args)
-        steps.append(int(state.step))
-        return state
+        state, seen = decode(*args)
+        steps.append(int(seen.step))
+        return state, seen
 
     monkeypatch.setattr(module, "decode", counted)
     stop = letter(expected[i][0][0])
@@ -302,7 +322,7 @@ def test_decoding_ends_once_every_row_has_stopped(model, expected, monkeypatch):
 
 def test_progress_counts_prompts(model):
     done = []
-    run(model, progress=done.append)
+    run(model, batch_tokens=100, progress=done.append)
     assert sum(done) == len(PROMPTS)
     assert len(done) > 1
 
@@ -318,17 +338,6 @@ def test_prompts_that_do_not_fit_are_refused(model, length):
     ):
         run(model, [[1], [1] * length])
     assert run(model, [[1] * (LONGEST - NEW)], sampling=GREEDY)
-
-
-def test_no_batch_but_the_last_has_empty_rows():
-    groups = [[prompt] for prompt in random_prompts(100, seed=4)]
-    batches = module._batches(groups, NEW, 400, LONGEST)
-    found = [i for batch in batches for i in batch.groups]
-    assert sorted(found) == list(range(100))
-    for batch in batches[:-1]:
-        assert len(batch.groups) == batch.rows
-        assert batch.rows == module._rows(batch.bucket, NEW, 400, 1)
-        assert max(len(groups[i][0]) for i in batch.groups) <= batch.bucket
 
 
 # Several prompts that say one thing together.

@@ -4,11 +4,13 @@ import json
 import types
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
 
 from radit_jax import sharding
 from radit_jax.models import huggingface
@@ -19,9 +21,11 @@ from radit_jax.models.huggingface import (
     load_llama,
     read_encoder_config,
     read_llama_config,
+    save,
 )
 from radit_jax.models.layers import Rope
 from radit_jax.models.llama import Llama
+from radit_jax.models.safetensors import SINGLE, Planned, read_folder, write_folder
 
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
 LLAMA = {
@@ -218,16 +222,12 @@ def test_each_device_reads_only_its_part(llama, monkeypatch, sizes):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
         model = load_llama(llama)
     leaves = jax.tree.leaves(model)
+    # Whichever devices hold the same part, it is read once.
     held = sum(
-        # What all devices hold is read once.
-        leaf.size
-        if leaf.sharding.is_fully_replicated
-        else sum(shard.data.size for shard in leaf.addressable_shards)
+        sum({str(s.index): s.data.size for s in leaf.addressable_shards}.values())
         for leaf in leaves
     )
-    assert count["elements"] == held
-    if sizes == (1, 8, 1):  # FSDP alone: no element twice
-        assert held == sum(leaf.size for leaf in leaves)
+    assert count["elements"] == held == sum(leaf.size for leaf in leaves)
 
 
 def test_slices_are_cut_before_they_are_read():
@@ -249,6 +249,76 @@ def test_slices_are_cut_before_they_are_read():
     expected = Map.array.reshape(6, 2, 4).transpose(2, 0, 1)[1:3, 2:4]
     np.testing.assert_array_equal(found, expected)
     assert asked == [8]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_parts_of_a_file_are_those_of_its_arrays(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "wide": rng.standard_normal((7, 12)).astype(dtype),
+        "flat": rng.standard_normal(5).astype(dtype),
+    }
+    plans = [Planned(n, a.shape, lambda a=a: a) for n, a in arrays.items()]
+    assert write_folder(tmp_path, plans, np.dtype(dtype), 10**6) == [SINGLE]
+    found = read_folder(tmp_path)
+    for name, cuts in {
+        "wide": [(slice(2, 5), slice(3, 9)), (slice(0, 7), slice(0, 12))],
+        "flat": [(slice(1, 4),), (slice(None),)],
+    }.items():
+        for cut in cuts:
+            part = found[name].parts[cut]
+            assert part.dtype == dtype
+            np.testing.assert_array_equal(part, arrays[name][cut])
+
+
+# --- export -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_llama_is_written_as_transformers_reads_it(tmp_path, sizes, tied):
+    reference = save_llama(tmp_path / "theirs", tie_word_embeddings=tied)
+    (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        model = load_llama(tmp_path / "theirs")
+        files = save(
+            model, tmp_path / "ours", tmp_path / "theirs", np.dtype(np.float32), 30_000
+        )
+    assert len(files) > 2
+    assert all((tmp_path / "ours" / f).stat().st_size < 33_000 for f in files)
+    assert (tmp_path / "ours" / "tokenizer.json").read_text() == "{}"
+    again, loading = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    for ours, theirs in zip(again.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    np.testing.assert_array_equal(published_logits(again), published_logits(reference))
+
+
+def test_files_of_another_dtype_are_rounded_once(llama, tmp_path):
+    save(load_llama(llama), tmp_path / "ours", llama, np.dtype(ml_dtypes.bfloat16))
+    written = load_torch_file(tmp_path / "ours" / "model.safetensors")
+    original = load_torch_file(llama / "model.safetensors")
+    assert written.keys() == original.keys()
+    for name, array in original.items():
+        assert torch.equal(written[name], array.to(torch.bfloat16))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert again.dtype == torch.bfloat16
+
+
+def test_an_encoder_is_written_as_transformers_reads_it(bert, tmp_path):
+    reference = transformers.BertModel.from_pretrained(bert)
+    (bert / "1_Pooling").mkdir()
+    (bert / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    save(load_encoder(bert), tmp_path / "ours", bert, np.dtype(np.float32))
+    again = transformers.BertModel.from_pretrained(
+        tmp_path / "ours", add_pooling_layer=False
+    )
+    np.testing.assert_array_equal(
+        published_embeddings(again), published_embeddings(reference)
+    )
+    assert (tmp_path / "ours" / "1_Pooling" / "config.json").is_file()
 
 
 # --- configurations -------------------------------------------------------------

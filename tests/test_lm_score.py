@@ -125,6 +125,23 @@ def test_every_target_has_its_owner_and_empty_rows_have_none():
     assert any((owners_BT < 0).all(axis=1).any() for *_, owners_BT in batches)
 
 
+def test_the_last_batch_has_only_the_rows_it_needs():
+    prompts = sequences(60)
+    whole = list(scoring_batches(prompts, SMALL))
+    assert len(whole) > 1
+    used = int((whole[-1].batch.segment_ids_BL.max(axis=1) > 0).sum())
+    for step in (1, 2, 3):
+        found = list(scoring_batches(prompts, SMALL, step))
+        rows = min(-(-used // step) * step, SMALL.rows)
+        assert [len(b.owners_BT) for b in found] == [SMALL.rows] * (len(whole) - 1) + [
+            rows
+        ]
+        for ours, theirs in zip(found, whole, strict=True):
+            size = len(ours.owners_BT)
+            np.testing.assert_array_equal(ours.owners_BT, theirs.owners_BT[:size])
+            assert not (theirs.owners_BT[size:] >= 0).any()
+
+
 def test_a_beginning_is_read_once_for_all_that_share_it():
     prompts = [p for p in sequences(60) if p.question_start > 8]
     long = SMALL._replace(row_tokens=1024, row_targets=256)
@@ -133,7 +150,8 @@ def test_a_beginning_is_read_once_for_all_that_share_it():
     )
     beginnings = {tuple(p.tokens[: p.question_start]) for p in prompts}
     assert len(beginnings) == 2
-    own = sum(len(p.tokens) - p.question_start for p in prompts)
+    # What is scored last need not be read.
+    own = sum(len(p.tokens) - p.question_start - 1 for p in prompts)
     assert read == sum(map(len, beginnings)) + own
     # In short rows it is read again where a row is full, and never cut.
     short = list(scoring_batches(prompts, SMALL))

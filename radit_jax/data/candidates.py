@@ -116,13 +116,16 @@ class _Batch:
         # The length is that of all processes' rows: they run one program together.
         rows = [(self.parts[part], i) for part, i in places.tolist()]
         size = max(len(part.tokens[i]) for part, i in rows)
-        mine = rows[self.process :: self.processes]
+        size_of_part = len(rows) // self.processes
+        start = self.process * size_of_part
+        mine = rows[start : start + size_of_part]
         tokens_BL, mask_BL = _fill(
             [part.tokens[i] for part, i in mine], min(_rounded(size), self.length)
         )
         ids_BC = np.stack([part.ids[i] for part, i in mine])
         seen_NS = np.zeros((len(self.numbers), len(SEEN)), np.int64)
-        for part, i in mine:
+        # Counted of all processes' rows: the position is that of them all.
+        for part, i in rows:
             number = self.numbers[part.datasets[i] if part.datasets else UNNAMED]
             seen_NS[number] += 1, len(part.tokens[i])
         batch = Candidates(
@@ -170,7 +173,9 @@ class CandidateBatches(CountingBatches):
         rows: questions per batch, all processes together.
         length: the most tokens of a question; a batch is as long as its longest.
         seed: of the order.
-        process: which of ``processes`` this is; each sees its own questions.
+        process: which of ``processes`` this is; each has its own rows of a batch, one
+            after the other, and the order of questions does not depend on how many
+            there are.
         processes: that share a batch.
 
     Raises:

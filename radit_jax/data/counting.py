@@ -1,6 +1,6 @@
 """Batches that count what they are made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -63,10 +63,66 @@ class CountingBatches(grain.DatasetIterator):
         self._batches = start()
         self._batches.set_state(position)
 
+    def counted(self, state: Mapping[str, Any]) -> np.ndarray:
+        """The counts in a state of all processes together."""
+        return np.asarray(state["counts"], np.int64)
+
     def close(self) -> None:
         """Stop reading ahead."""
         self._batches.close()
         super().close()
+
+
+class Streams:
+    """Batches whose rows come from several streams, each read and packed by itself.
+
+    The streams are the same however many processes share them, and a batch has the same
+    number of rows of each, so that a run may go on with another number of processes.
+
+    Args:
+        streams: by number, those of this process.
+        axis: of the rows in a batch's arrays.
+    """
+
+    def __init__(self, streams: Mapping[int, CountingBatches], axis: int):
+        self._streams = dict(sorted(streams.items()))
+        self._axis = axis
+        some = next(iter(self._streams.values()))
+        self.names, self.columns = some.names, some.columns
+
+    def __next__(self) -> Any:
+        """The next batch of this process: the rows of one stream after the other's."""
+        parts = [next(stream) for stream in self._streams.values()]
+        arrays = zip(*parts, strict=True)
+        return type(parts[0])(*(np.concatenate(a, self._axis) for a in arrays))
+
+    def get_state(self) -> dict[str, Any]:
+        """Position and counts of each stream of this process, by its number."""
+        return {str(i): stream.get_state() for i, stream in self._streams.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go to a position, given the streams of all processes.
+
+        Raises:
+            ValueError: it was that of another number of streams.
+        """
+        for i, stream in self._streams.items():
+            if str(i) not in state:
+                raise ValueError(
+                    f"the position in the data is that of {len(state)} streams, and "
+                    f"stream {i} is not among them"
+                )
+            stream.set_state(state[str(i)])
+
+    def counted(self, state: Mapping[str, Any]) -> np.ndarray:
+        """The counts in a state of all processes together, of all streams."""
+        some = next(iter(self._streams.values()))
+        return np.sum([some.counted(one) for one in state.values()], axis=0)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        for stream in self._streams.values():
+            stream.close()
 
 
 def report(

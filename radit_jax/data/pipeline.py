@@ -403,7 +403,7 @@ def training_batches(
     parts = processes * mixture.micro_batches
     if mixture.rows % parts:
         raise ValueError(
-            f"lm_ft.rows = {mixture.rows} does not divide over {processes} processes x "
+            f"lm_ft.rows = {mixture.rows} does not divide over {processes} streams x "
             f"{mixture.micro_batches} micro-batches; the nearest multiple is "
             f"{max(round(mixture.rows / parts), 1) * parts}"
         )
@@ -494,13 +494,18 @@ class ScoringBatch(NamedTuple):
 
 
 def scoring_batches(
-    sequences: Sequence[prompts.Prompt], mixture: Mixture
+    sequences: Sequence[prompts.Prompt], mixture: Mixture, step: int = 0
 ) -> Iterator[ScoringBatch]:
-    """Sequences packed to be scored, in batches of ``mixture.rows``; empty rows fill up
-    the last.
+    """Sequences packed to be scored, in batches of ``mixture.rows``.
 
     Sequences with the same beginning (<bos> and background) share it: a passage is read
-    once for all the questions asked about it.
+    once for all the questions asked about it. The last token of a sequence is scored
+    and need not be read.
+
+    Args:
+        sequences: with their targets.
+        mixture: the shape of a batch.
+        step: the last batch has a multiple of so many rows; 0: as many as the others.
 
     Raises:
         ValueError: a sequence is longer than a row or its target than ``row_targets``;
@@ -516,12 +521,14 @@ def scoring_batches(
     order = grain.MapDataset.source(bundles).to_iter_dataset()
     bins = max(mixture.packing_bins, mixture.rows)
     rows = map(_scoring_row, _first_fit(order, lengths, bins, mixture.seed))
+    step = step or mixture.rows
     while chosen := list(itertools.islice(rows, mixture.rows)):
+        size = min(-(-len(chosen) // step) * step, mixture.rows)
         fields = zip(*(row.batch for row in chosen), strict=True)
         yield ScoringBatch(
-            Packed(*(_stack(arrays, mixture.rows) for arrays in fields)),
-            _stack([row.prefix_ids_BL for row in chosen], mixture.rows),
-            _stack([row.owners_BT for row in chosen], mixture.rows, fill=-1),
+            Packed(*(_stack(arrays, size) for arrays in fields)),
+            _stack([row.prefix_ids_BL for row in chosen], size),
+            _stack([row.owners_BT for row in chosen], size, fill=-1),
         )
 
 
@@ -565,7 +572,7 @@ def _parts(
     tokens, targets = beginning, 0
     for place in places:
         prompt = sequences[place]
-        more = len(prompt.tokens) - beginning
+        more = len(prompt.tokens) - 1 - beginning
         answer = len(prompt.tokens) - prompt.answer_start
         if beginning + more > mixture.row_tokens or answer > mixture.row_targets:
             raise ValueError(
@@ -598,9 +605,10 @@ def _bundle(
             sites.append(at - 1 + (shift if at > size else 0))
             targets.append(prompt.tokens[at])
             owners.append(place)
-        tokens += prompt.tokens[size:]
-        places += range(size, len(prompt.tokens))
-        parts += [number] * (len(prompt.tokens) - size)
+        own = prompt.tokens[size:-1]
+        tokens += own
+        places += range(size, size + len(own))
+        parts += [number] * len(own)
     named = {
         "tokens": tokens,
         "parts": parts,

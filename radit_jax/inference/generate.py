@@ -17,13 +17,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from radit_jax import sharding
-from radit_jax.models.attention import Layout
+from radit_jax.inference import packing
+from radit_jax.models.attention import XLA, Kernel, Layout
 from radit_jax.models.layers import pick
 from radit_jax.models.llama import Cache, Llama
 
-BUCKETS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
-# Decoding steps between two looks at the text for stop strings of several tokens.
-CHUNK = 8
+# Decoding steps between two looks at the text for stop strings of several tokens, and
+# at how many prompts are not done.
+CHUNK = 4
 
 
 @runtime_checkable
@@ -75,24 +76,40 @@ class Stops(NamedTuple):
 
 
 class Mixing(NamedTuple):
-    """Rows that say one thing together: a question after each of its passages."""
+    """Prompts that say one thing together: a question after each of its passages.
 
-    # Of every row's next-token distribution in that of each row.
-    weights_BB: Float[np.ndarray, "B B"] | Float[Array, "B B"]
-    leaders_B: Int[np.ndarray, " B"] | Int[Array, " B"]  # the row that decides
+    N counts the places of a batch for prompts, rows x Q, row by row.
+    """
+
+    # Of every prompt's next-token distribution in that of each.
+    weights_NN: Float[np.ndarray, "N N"] | Float[Array, "N N"]
+    leaders_N: Int[np.ndarray, " N"] | Int[Array, " N"]  # the prompt that decides
 
 
 class Decoding(NamedTuple):
     """State of a batch between decoding steps."""
 
     cache: Cache
-    logits_BV: Float[Array, "B V"]  # of the next token
-    positions_B: Int[Array, " B"]  # of the next token
-    begun_B: Bool[Array, " B"]  # something but white space was said
-    done_B: Bool[Array, " B"]
-    tokens_BL: Int[Array, "B L"]  # generated so far
-    log_probabilities_BL: Float[Array, "B L"]
+    slot: Int[Array, ""]  # of the cache, where the next tokens go
+    logits_BQV: Float[Array, "B Q V"]  # of the next token
+    segments_BQ: Int[Array, "B Q"]  # of each prompt in its row
+    prefixes_BQ: Int[Array, "B Q"]  # the segment that it goes on from; 0: none
+    positions_BQ: Int[Array, "B Q"]  # of the next token
+    seeds_BQ: Int[Array, "B Q"]
+    begun_BQ: Bool[Array, "B Q"]  # something but white space was said
+    done_BQ: Bool[Array, "B Q"]
+    tokens_BQL: Int[Array, "B Q L"]  # generated so far
+    log_probabilities_BQL: Float[Array, "B Q L"]
     step: Int[Array, ""]  # tokens generated so far
+
+
+class Seen(NamedTuple):
+    """What the host looks at between decoding steps; whole on every device."""
+
+    step: Int[Array, ""]
+    done_BQ: Bool[Array, "B Q"]
+    tokens_BQL: Int[Array, "B Q L"]
+    log_probabilities_BQL: Float[Array, "B Q L"]
 
 
 def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str], size: int) -> Stops:
@@ -114,39 +131,53 @@ def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str], size: int) -> Stops:
     return stops
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "dtype"))
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "dtype", "kernel"))
 def prefill(
     model: Llama,
-    tokens_BL: Int[Array, "B L"],
-    lengths_B: Int[Array, " B"],
+    rows: packing.PromptRows,
+    seeds_BQ: Int[Array, "B Q"],
     max_new_tokens: int,
     dtype: DTypeLike,
+    kernel: Kernel = XLA,
 ) -> Decoding:
-    """Read right-padded prompts and give the state to decode from."""
-    B, L = tokens_BL.shape
-    columns_BL = jax.lax.broadcasted_iota(
-        jnp.int32, (B, L), 1, out_sharding=sharding.ROWS_BL
+    """Read packed prompts and give the state to decode from.
+
+    Args:
+        model: on the current mesh.
+        rows: on the mesh.
+        seeds_BQ: what the samples of a prompt depend on.
+        max_new_tokens: room for each prompt.
+        dtype: of compute and cache.
+        kernel: of attention.
+    """
+    B, L = rows.tokens_BL.shape
+    Q = rows.sites_BQ.shape[1]
+    layout = Layout(rows.segment_ids_BL, rows.positions_BL, rows.prefix_ids_BL)
+    hidden_BLD, cache = model.prefill(
+        rows.tokens_BL, layout, L + Q * max_new_tokens, dtype, kernel
     )
-    layout = Layout((columns_BL < lengths_B[:, None]).astype(jnp.int32), columns_BL)
-    hidden_BLD, cache = model.prefill(tokens_BL, layout, L + max_new_tokens, dtype)
-    last_BLD = pick(hidden_BLD, jnp.maximum(lengths_B - 1, 0)[:, None])
-    empty = functools.partial(jnp.zeros, (B, max_new_tokens))
+    empty = functools.partial(
+        jnp.zeros, (B, Q, max_new_tokens), out_sharding=sharding.ROWS_BLX
+    )
     return Decoding(
         cache=cache,
-        logits_BV=_logits(model, last_BLD),
-        positions_B=lengths_B,
-        begun_B=lengths_B < 0,
-        done_B=lengths_B == 0,
-        tokens_BL=empty(jnp.int32, out_sharding=sharding.ROWS_BL),
-        log_probabilities_BL=empty(jnp.float32, out_sharding=sharding.ROWS_BL),
+        slot=jnp.int32(L),
+        logits_BQV=_logits(model, pick(hidden_BLD, rows.sites_BQ)),
+        segments_BQ=rows.segments_BQ,
+        prefixes_BQ=rows.prefixes_BQ,
+        positions_BQ=rows.lengths_BQ,
+        seeds_BQ=seeds_BQ,
+        begun_BQ=rows.owners_BQ < -1,
+        done_BQ=rows.owners_BQ < 0,
+        tokens_BQL=empty(jnp.int32),
+        log_probabilities_BQL=empty(jnp.float32),
         step=jnp.int32(0),
     )
 
 
-def _logits(model: Llama, hidden_BLD: Array) -> Array:
-    """Logits [B, V] of one hidden state per row, whole on the devices of the row."""
-    logits_BLV = model.logits(hidden_BLD)
-    return reshard(logits_BLV, jax.P(sharding.ROWS, None, None))[:, 0]
+def _logits(model: Llama, hidden_BQD: Array) -> Array:
+    """Logits [B, Q, V], whole on the devices of the row."""
+    return reshard(model.logits(hidden_BQD), sharding.ROWS_BLX)
 
 
 @functools.partial(
@@ -156,83 +187,114 @@ def decode(
     model: Llama,
     state: Decoding,
     stops: Stops,
-    seeds_B: Int[Array, " B"],
     chunk: int,
     sampling: Sampling,
     mixing: Mixing | None = None,
-) -> Decoding:
-    """Up to ``chunk`` more tokens; fewer once every row has stopped.
+) -> tuple[Decoding, Seen]:
+    """Up to ``chunk`` more tokens; fewer once every prompt has stopped.
 
     With ``mixing`` the next token is chosen from a mixture of probabilities, and its
     log-probability is the mixture's (REPLUG eq. 6; never a mean of logits).
     """
-    limit = jnp.minimum(state.step + chunk, state.tokens_BL.shape[1])
+    B, Q, new = state.tokens_BQL.shape
+    limit = jnp.minimum(state.step + chunk, new)
+    rows = sharding.ROWS_BL
 
     def unfinished(state: Decoding) -> Array:
-        return (state.step < limit) & ~jnp.all(state.done_B)
+        return (state.step < limit) & ~jnp.all(state.done_BQ)
 
     def one(state: Decoding) -> Decoding:
-        logits_BV = state.logits_BV
-        log_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+        logits_BQV = state.logits_BQV
+        log_BQV = jax.nn.log_softmax(logits_BQV, axis=-1)
         if mixing is not None:
-            logits_BV = log_BV = _mixed(log_BV, mixing)
-        chosen_B = _choose(logits_BV, seeds_B, state.step, sampling)
+            logits_BQV = log_BQV = _mixed(log_BQV, mixing)
+        chosen_BQ = _choose(logits_BQV, state.seeds_BQ, state.step, sampling)
         if mixing is not None:
-            # One row decides, so that rounding never tears a question apart.
-            leaders_B = jnp.asarray(mixing.leaders_B)
-            chosen_B = chosen_B.at[leaders_B].get(out_sharding=sharding.ROWS_B)
-        chosen_B = jnp.where(state.done_B, 0, chosen_B)
-        chosen_log_B = jax.vmap(lambda log_V, id: log_V[id])(log_BV, chosen_B)
-        write = jax.lax.dynamic_update_slice_in_dim
-        live_B = ~state.done_B
-        tokens_BL = write(state.tokens_BL, chosen_B[:, None], state.step, 1)
-        log_probabilities_BL = write(
-            state.log_probabilities_BL,
-            jnp.where(live_B, chosen_log_B, 0.0)[:, None],
-            state.step,
-            1,
+            # One prompt decides, so that rounding never tears a question apart.
+            leaders_N = jnp.asarray(mixing.leaders_N)
+            flat_N = jnp.reshape(chosen_BQ, B * Q, out_sharding=sharding.ROWS_B)
+            chosen_N = flat_N.at[leaders_N].get(out_sharding=sharding.ROWS_B)
+            chosen_BQ = jnp.reshape(chosen_N, (B, Q), out_sharding=rows)
+        chosen_BQ = jnp.where(state.done_BQ, 0, chosen_BQ)
+        take = jax.vmap(jax.vmap(lambda log_V, id: log_V[id]))
+        live_BQ = ~state.done_BQ
+        log_BQ = jnp.where(live_BQ, take(log_BQV, chosen_BQ), 0.0)
+        write = functools.partial(
+            jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=2
         )
-        layout = Layout(live_B.astype(jnp.int32)[:, None], state.positions_B[:, None])
-        slot = state.cache.keys_SBGMK.shape[3] - state.tokens_BL.shape[1] + state.step
-        hidden_BLD, cache = model.extend(chosen_B[:, None], layout, state.cache, slot)
-        first_B, later_B, blank_B = (
-            jnp.asarray(table_V).at[chosen_B].get(out_sharding=sharding.ROWS_B)
+        layout = Layout(
+            jnp.where(live_BQ, state.segments_BQ, 0),
+            state.positions_BQ,
+            state.prefixes_BQ,
+        )
+        hidden_BQD, cache = model.extend(chosen_BQ, layout, state.cache, state.slot)
+        first_BQ, later_BQ, blank_BQ = (
+            jnp.asarray(table_V).at[chosen_BQ].get(out_sharding=rows)
             for table_V in stops
         )
-        return Decoding(
+        return state._replace(
             cache=cache,
-            logits_BV=_logits(model, hidden_BLD),
-            positions_B=state.positions_B + 1,
-            begun_B=state.begun_B | ~blank_B,
-            done_B=state.done_B | jnp.where(state.begun_B, later_B, first_B),
-            tokens_BL=tokens_BL,
-            log_probabilities_BL=log_probabilities_BL,
+            slot=state.slot + Q,
+            logits_BQV=_logits(model, hidden_BQD),
+            positions_BQ=state.positions_BQ + 1,
+            begun_BQ=state.begun_BQ | ~blank_BQ,
+            done_BQ=state.done_BQ | jnp.where(state.begun_BQ, later_BQ, first_BQ),
+            tokens_BQL=write(state.tokens_BQL, chosen_BQ[..., None]),
+            log_probabilities_BQL=write(state.log_probabilities_BQL, log_BQ[..., None]),
             step=state.step + 1,
         )
 
-    return jax.lax.while_loop(unfinished, one, state)
+    state = jax.lax.while_loop(unfinished, one, state)
+    seen = (state.step, state.done_BQ, state.tokens_BQL, state.log_probabilities_BQL)
+    return state, Seen(*(reshard(array, jax.P()) for array in seen))
 
 
-def _mixed(log_BV: Array, mixing: Mixing) -> Array:
-    """Log of the weighted mean of the rows' probabilities, [B, V] in float32."""
-    whole_BV = reshard(jnp.exp(log_BV), jax.P(None, None))
-    mixed_BV = jnp.einsum(
-        "BM,MV->BV",
-        jnp.asarray(mixing.weights_BB),
-        whole_BV,
+@jax.jit
+def _taken(arrays: dict[str, Array], order_BQ: Int[Array, "B Q"]) -> dict[str, Array]:
+    """Some of each row's prompts."""
+    take = jax.vmap(lambda array_Q, order_Q: array_Q.at[order_Q].get(mode="clip"))
+    return {name: take(array, order_BQ) for name, array in arrays.items()}
+
+
+def narrow(
+    state: Decoding, order_BQ: Int[Array, "B Q"], done_BQ: Bool[Array, "B Q"]
+) -> Decoding:
+    """Go on with some of each row's prompts.
+
+    Args:
+        state: with more prompts to a row.
+        order_BQ: which are kept.
+        done_BQ: of those that are kept.
+    """
+    # What was read stays where it is.
+    whole = ("cache", "slot", "step")
+    arrays = {name: x for name, x in state._asdict().items() if name not in whole}
+    return state._replace(**_taken(arrays, order_BQ))._replace(done_BQ=done_BQ)
+
+
+def _mixed(log_BQV: Array, mixing: Mixing) -> Array:
+    """Log of the weighted mean of the prompts' probabilities, [B, Q, V] in float32."""
+    B, Q, V = log_BQV.shape
+    log_NV = jnp.reshape(log_BQV, (B * Q, V), out_sharding=sharding.ROWS_BL)
+    mixed_NV = jnp.einsum(
+        "NM,MV->NV",
+        jnp.asarray(mixing.weights_NN),
+        reshard(jnp.exp(log_NV), jax.P(None, None)),
         precision="highest",
-        out_sharding=jax.P(sharding.ROWS, None),
+        out_sharding=sharding.ROWS_BL,
     )
-    return jnp.log(mixed_BV)
+    return jnp.reshape(jnp.log(mixed_NV), (B, Q, V), out_sharding=sharding.ROWS_BLX)
 
 
-def _choose(logits_BV: Array, seeds_B: Array, step: Array, sampling: Sampling) -> Array:
-    """Next token of each row: the likeliest, or a nucleus sample."""
+def _choose(
+    logits_BQV: Array, seeds_BQ: Array, step: Array, sampling: Sampling
+) -> Array:
+    """Next token of each prompt: the likeliest, or a nucleus sample."""
     if sampling.temperature == 0:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
+        return jnp.argmax(logits_BQV, axis=-1).astype(jnp.int32)
+    logits_BQV = logits_BQV / sampling.temperature
 
-    def of_row(logits_V: Array, seed: Array) -> Array:
+    def of_prompt(logits_V: Array, seed: Array) -> Array:
         if sampling.top_p < 1:
             sorted_V = jnp.sort(logits_V, descending=True)
             mass_V = jnp.cumsum(jax.nn.softmax(sorted_V))
@@ -245,7 +307,7 @@ def _choose(logits_BV: Array, seeds_B: Array, step: Array, sampling: Sampling) -
         )
         return jnp.argmax(logits_V + jax.random.gumbel(key, logits_V.shape))
 
-    return jax.vmap(of_row)(logits_BV, seeds_B).astype(jnp.int32)
+    return jax.vmap(jax.vmap(of_prompt))(logits_BQV, seeds_BQ).astype(jnp.int32)
 
 
 def generate(
@@ -258,6 +320,7 @@ def generate(
     sampling: Sampling = GREEDY,
     batch_tokens: int = 8192,
     dtype: DTypeLike = jnp.float32,
+    kernel: Kernel = XLA,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """Continue every prompt until <eos>, a stop string or ``max_new_tokens``.
@@ -270,8 +333,9 @@ def generate(
         stop: stop strings; the text ends before the first of them that follows
             anything but white space.
         sampling: greedy by default.
-        batch_tokens: rows x (prompt bucket + max_new_tokens) of a batch at most.
+        batch_tokens: of the rows of a batch, with room for new ones, at most.
         dtype: compute and cache dtype.
+        kernel: of attention over prompts; decoding steps have XLA's.
         progress: called with the number of prompts just finished.
 
     Raises:
@@ -288,6 +352,7 @@ def generate(
         sampling=sampling,
         batch_tokens=batch_tokens,
         dtype=dtype,
+        kernel=kernel,
         progress=progress,
     )
 
@@ -303,6 +368,7 @@ def generate_mixed(
     sampling: Sampling = GREEDY,
     batch_tokens: int = 8192,
     dtype: DTypeLike = jnp.float32,
+    kernel: Kernel = XLA,
     progress: Callable[[int], None] | None = None,
 ) -> list[Generated]:
     """Continue several prompts of each question as one, token by token.
@@ -321,6 +387,7 @@ def generate_mixed(
         sampling: as of ``generate``.
         batch_tokens: as of ``generate``; a question's prompts stay together.
         dtype: as of ``generate``.
+        kernel: as of ``generate``.
         progress: called with the number of questions just finished.
 
     Returns:
@@ -345,6 +412,7 @@ def generate_mixed(
         sampling=sampling,
         batch_tokens=batch_tokens,
         dtype=dtype,
+        kernel=kernel,
         progress=progress,
     )
 
@@ -360,6 +428,7 @@ def _generate(
     sampling: Sampling,
     batch_tokens: int,
     dtype: DTypeLike,
+    kernel: Kernel,
     progress: Callable[[int], None] | None,
 ) -> list[Generated]:
     """One result for each group of prompts; without weights each has one."""
@@ -372,145 +441,136 @@ def _generate(
                     f"(context of {model.config.max_length} less {max_new_tokens} new "
                     "ones)"
                 )
+    if not groups:
+        return []
+    prompts = [prompt for group in groups for prompt in group]
+    firsts = np.cumsum([0, *map(len, groups)])
+    together = [] if weights is None else list(map(range, firsts[:-1], firsts[1:]))
+    # Of a prompt, the number of its group; the group's results are those of its first.
+    numbers = np.repeat(np.arange(len(groups)), np.diff(firsts))
     stops = stop_tokens(tokenizer, stop, model.config.vocab_size)
-    results: list[Generated | None] = [None] * len(groups)
-    put = sharding.put_rows
-    for batch in _batches(groups, max_new_tokens, batch_tokens, longest):
-        tokens_BL = np.zeros((batch.rows, batch.bucket), np.int32)
-        lengths_B, seeds_B = np.zeros((2, batch.rows), np.int32)
-        firsts = []  # row of each group's first prompt
-        row = 0
-        for i in batch.groups:
-            firsts.append(row)
-            for prompt in groups[i]:
-                tokens_BL[row, : len(prompt)] = prompt
-                lengths_B[row], seeds_B[row] = len(prompt), i
-                row += 1
-        mixing = None
-        if weights is not None:
-            mixing = _mixing([weights[i] for i in batch.groups], batch.rows)
-        state = prefill(model, put(tokens_BL), put(lengths_B), max_new_tokens, dtype)
-        found = _finish(
-            model, tokenizer, state, stops, put(seeds_B), stop, sampling, mixing
+    results: dict[int, Generated] = {}
+    for rows in packing.pack(prompts, together, max_new_tokens, batch_tokens):
+        batch = _Batch(
+            model=model,
+            tokenizer=tokenizer,
+            stops=stops,
+            stop=stop,
+            sampling=sampling,
+            groups=numbers,
+            weights=weights,
         )
-        for i, first in zip(batch.groups, firsts, strict=True):
-            results[i] = found[first]
+        found = batch.run(rows, max_new_tokens, dtype, kernel)
+        results |= found
         if progress is not None:
-            progress(len(batch.groups))
-    return [result for result in results if result is not None]
-
-
-def _mixing(weights: Sequence[Sequence[float]], rows: int) -> Mixing:
-    """Of groups of rows that follow each other; rows beyond them stand alone."""
-    weights_BB, leaders_B = (
-        np.eye(rows, dtype=np.float32),
-        np.arange(rows, dtype=np.int32),
-    )
-    start = 0
-    for group in weights:
-        end = start + len(group)
-        share = np.asarray(group, np.float64)
-        weights_BB[start:end, start:end] = share / share.sum()
-        leaders_B[start:end] = start
-        start = end
-    return Mixing(sharding.put_rows(weights_BB), sharding.put_rows(leaders_B))
+            progress(len({int(numbers[place]) for place in found}))
+    return [results[first] for first in firsts[:-1].tolist()]
 
 
 class _Batch(NamedTuple):
-    """Groups of prompts that are continued together."""
+    """How rows of prompts are continued."""
 
-    bucket: int  # tokens of a row
-    rows: int
-    groups: list[int]  # their numbers
+    model: Llama
+    tokenizer: Tokenizer
+    stops: Stops
+    stop: Sequence[str]
+    sampling: Sampling
+    groups: np.ndarray  # int [prompts], of which group a prompt is
+    weights: Sequence[Sequence[float]] | None  # of each group's prompts
 
-
-def _rows(bucket: int, max_new_tokens: int, batch_tokens: int, least: int) -> int:
-    """Rows of a batch: as many as the budget holds, a multiple of the row shards, and
-    at least ``least``."""
-    shards = sharding.row_shards()
-    room = batch_tokens // (bucket + max_new_tokens) // shards * shards
-    return max(room, -(-least // shards) * shards)
-
-
-def _batches(
-    groups: Sequence[Sequence[Sequence[int]]],
-    new: int,
-    batch_tokens: int,
-    longest: int,
-) -> list[_Batch]:
-    """Batches, long prompts first.
-
-    A batch is filled with shorter prompts before another is begun, so that none but the
-    last has empty rows.
-    """
-    lengths = [max(map(len, group)) for group in groups]
-    most = max((len(group) for group in groups), default=1)
-    buckets = [*(b for b in BUCKETS if b < longest), longest]
-    batches: list[_Batch] = []
-    left = 0  # empty rows of the last batch
-    for i in sorted(range(len(groups)), key=lambda i: -lengths[i]):
-        if len(groups[i]) > left:
-            bucket = next(b for b in buckets if lengths[i] <= b)
-            left = _rows(bucket, new, batch_tokens, most)
-            batches.append(_Batch(bucket, left, []))
-        batches[-1].groups.append(i)
-        left -= len(groups[i])
-    return batches
-
-
-def _finish(
-    model: Llama,
-    tokenizer: Tokenizer,
-    state: Decoding,
-    stops: Stops,
-    seeds_B: Array,
-    stop: Sequence[str],
-    sampling: Sampling,
-    mixing: Mixing | None,
-) -> list[Generated]:
-    """Decode chunk by chunk, looking for stop strings in between."""
-    limit = state.tokens_BL.shape[1]
-    while True:
-        state = decode(model, state, stops, seeds_B, CHUNK, sampling, mixing)
-        step, done = int(state.step), np.asarray(state.done_B)
-        tokens_BL = np.asarray(state.tokens_BL)
-        log_BL = np.asarray(state.log_probabilities_BL)
-        found = [
-            _cut(tokenizer, tokens_BL[row, :step].tolist(), log_BL[row], stops, stop)
-            for row in range(len(done))
-        ]
-        done = done | np.asarray([result.stopped for result in found])
-        if step == limit or done.all():
-            return found
-        state = state._replace(done_B=sharding.put_rows(done))
-
-
-def _cut(
-    tokenizer: Tokenizer,
-    tokens: list[int],
-    log_L: np.ndarray,
-    stops: Stops,
-    stop: Sequence[str],
-) -> Generated:
-    """End a row at its first stop token or stop string."""
-    stopped = begun = False
-    for n, token in enumerate(tokens, 1):
-        if (stops.later_V if begun else stops.first_V)[token]:
-            tokens, stopped = tokens[:n], True
-            break
-        begun |= not stops.blank_V[token]
-    body = tokens[:-1] if stopped and tokens[-1] == tokenizer.eos_id else tokens
-    text = tokenizer.decode(body).lstrip()
-    places = [text.index(string) for string in stop if string in text]
-    if places:
-        # Drop what was generated beyond a stop string of several tokens. It goes before
-        # a stop token: rows that wait for their mates are filled with some token.
-        stopped = True
-        text = text[: min(places)]
-        n = next(
-            n
-            for n in range(1, len(body) + 1)
-            if any(string in tokenizer.decode(body[:n]).lstrip() for string in stop)
+    def run(
+        self,
+        rows: packing.PromptRows,
+        max_new_tokens: int,
+        dtype: DTypeLike,
+        kernel: Kernel,
+    ) -> dict[int, Generated]:
+        """What each prompt of the rows yields, by its place."""
+        put = sharding.put_rows
+        owners_BQ = rows.owners_BQ
+        seeds_BQ = np.where(owners_BQ >= 0, self.groups[owners_BQ], 0).astype(np.int32)
+        on_mesh = packing.PromptRows(*map(put, rows))
+        state = prefill(
+            self.model, on_mesh, put(seeds_BQ), max_new_tokens, dtype, kernel
         )
-        tokens = body[:n]
-    return Generated(text.strip(), tokens, float(log_L[: len(tokens)].sum()), stopped)
+        mixing = self._mixing(owners_BQ)
+        results: dict[int, Generated] = {}
+        while True:
+            state, seen = decode(
+                self.model, state, self.stops, CHUNK, self.sampling, mixing
+            )
+            step, done_BQ = int(seen.step), np.array(seen.done_BQ)
+            tokens_BQL = np.asarray(seen.tokens_BQL)
+            log_BQL = np.asarray(seen.log_probabilities_BQL)
+            for row, column in np.argwhere(owners_BQ >= 0):
+                tokens = tokens_BQL[row, column, :step].tolist()
+                found = self._cut(tokens, log_BQL[row, column])
+                results[int(owners_BQ[row, column])] = found
+                done_BQ[row, column] |= found.stopped
+            if step == max_new_tokens or done_BQ.all():
+                return results
+            # Those that are not done go first, in half as many places if they fit; no
+            # narrower, so that few programs are compiled.
+            width = done_BQ.shape[1]
+            while 2 * (~done_BQ).sum(axis=1).max() <= width and width > 1:
+                width = -(-width // 2)
+            if width == done_BQ.shape[1]:
+                state = state._replace(done_BQ=put(done_BQ))
+                continue
+            order_BQ = np.argsort(done_BQ, axis=1, kind="stable").astype(np.int32)
+            order_BQ = order_BQ[:, :width]
+            done_BQ, owners_BQ = (
+                np.take_along_axis(array_BQ, order_BQ, axis=1)
+                for array_BQ in (done_BQ, owners_BQ)
+            )
+            state = narrow(state, put(order_BQ), put(done_BQ))
+            mixing = self._mixing(owners_BQ)
+
+    def _mixing(self, owners_BQ: np.ndarray) -> Mixing | None:
+        """Of the groups whose prompts stand there; empty places stand alone."""
+        if self.weights is None:
+            return None
+        owners_N = owners_BQ.reshape(-1)
+        weights_NN = np.eye(owners_N.size, dtype=np.float32)
+        leaders_N = np.arange(owners_N.size, dtype=np.int32)
+        used = np.flatnonzero(owners_N >= 0)
+        groups = self.groups[owners_N[used]]
+        for group in np.unique(groups):
+            at = used[groups == group]
+            at = at[np.argsort(owners_N[at])]
+            share = np.asarray(self.weights[group], np.float64)
+            weights_NN[np.ix_(at, at)] = share / share.sum()
+            leaders_N[at] = at[0]
+        return Mixing(sharding.put_rows(weights_NN), sharding.put_rows(leaders_N))
+
+    def _cut(self, tokens: list[int], log_L: np.ndarray) -> Generated:
+        """End a prompt's tokens at their first stop token or stop string."""
+        stopped = begun = False
+        for n, token in enumerate(tokens, 1):
+            if (self.stops.later_V if begun else self.stops.first_V)[token]:
+                tokens, stopped = tokens[:n], True
+                break
+            begun |= not self.stops.blank_V[token]
+        body = (
+            tokens[:-1] if stopped and tokens[-1] == self.tokenizer.eos_id else tokens
+        )
+        text = self.tokenizer.decode(body).lstrip()
+        places = [text.index(string) for string in self.stop if string in text]
+        if places:
+            # Drop what was generated beyond a stop string of several tokens. It goes
+            # before a stop token: prompts that wait for their mates are filled with
+            # some token.
+            stopped = True
+            text = text[: min(places)]
+            n = next(
+                n
+                for n in range(1, len(body) + 1)
+                if any(
+                    string in self.tokenizer.decode(body[:n]).lstrip()
+                    for string in self.stop
+                )
+            )
+            tokens = body[:n]
+        return Generated(
+            text.strip(), tokens, float(log_L[: len(tokens)].sum()), stopped
+        )

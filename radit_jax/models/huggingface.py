@@ -7,8 +7,11 @@ of ours and writing the checkpoint's back both follow from it.
 """
 
 import difflib
+import functools
+import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
@@ -16,11 +19,21 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
+from jax.typing import ArrayLike
 
+from radit_jax import processes, sharding
 from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.layers import Rope
 from radit_jax.models.llama import Llama, LlamaConfig
-from radit_jax.models.safetensors import Tensor, read_folder, read_json
+from radit_jax.models.safetensors import (
+    INDEX,
+    PICKLES,
+    Planned,
+    Tensor,
+    read_folder,
+    read_json,
+    write_folder,
+)
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +189,7 @@ def _place(
     tensors: Mapping[str, Tensor],
     used: set[str],
 ) -> jax.Array:
-    """One array on the mesh, its shards read from memory-mapped files."""
+    """One array on the mesh; only the parts of this process' devices are read."""
     stacked = "{}" in row.theirs
     shape = leaf.shape[1:] if stacked else leaf.shape
     sizes = dict(zip(row.our_axes, shape, strict=True))
@@ -196,26 +209,42 @@ def _place(
     used.update(names)
     spec = leaf.sharding.spec
 
-    def read(index: Any) -> np.ndarray:
+    @functools.cache
+    def read_once(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        index = tuple(slice(*pair) for pair in bounds)
         if not stacked:
-            return read_part(tensors[names[0]].array, row, sizes, index)
-        layers = range(*index[0].indices(len(names)))
+            return read_part(tensors[names[0]].parts, row, sizes, index)
         parts = [
-            read_part(tensors[names[i]].array, row, sizes, index[1:]) for i in layers
+            read_part(tensors[name].parts, row, sizes, index[1:])
+            for name in names[index[0]]
         ]
         return np.stack(parts)
+
+    def read(index: Any) -> np.ndarray:
+        # Devices that hold the same part share what is read.
+        cuts = zip(index, leaf.shape, strict=True)
+        return read_once(tuple(cut.indices(size)[:2] for cut, size in cuts))
 
     placement = NamedSharding(jax.sharding.get_mesh(), spec)
     return jax.make_array_from_callback(leaf.shape, placement, read)
 
 
+@runtime_checkable
+class Slices(Protocol):
+    """What gives slices of an array: the array itself, or its place in a file."""
+
+    def __getitem__(self, cut: tuple[slice, ...], /) -> np.ndarray:
+        """The part; a slice for each axis."""
+        ...
+
+
 def read_part(
-    theirs: np.ndarray, row: Row, sizes: Mapping[str, int], index: tuple[slice, ...]
+    theirs: Slices, row: Row, sizes: Mapping[str, int], index: tuple[slice, ...]
 ) -> np.ndarray:
     """A slice of our array, read from theirs; float32.
 
     Args:
-        theirs: the checkpoint's array, usually memory-mapped.
+        theirs: the checkpoint's array.
         row: the axes of both.
         sizes: letter -> size of our whole array.
         index: the slice, along our axes.
@@ -235,6 +264,81 @@ def read_part(
     order = row.their_axes.replace(",", "")
     part = np.asarray(theirs[tuple(cut)], np.float32).reshape(split)
     return part.transpose([order.index(axis) for axis in row.our_axes])
+
+
+def save(
+    model: Llama | Encoder,
+    folder: str | Path,
+    like: str | Path,
+    dtype: np.dtype,
+    shard_bytes: int = 4 * 2**30,
+) -> list[str]:
+    """Write a model as a Hugging Face folder, array by array.
+
+    No process holds more than one array, and only the first one writes; all must call.
+
+    Args:
+        model: on a mesh.
+        folder: gets the weights, and whatever else is in ``like``.
+        like: the folder that the model was loaded from; its configuration and tokenizer
+            are the model's.
+        dtype: of the files.
+        shard_bytes: of a file of weights at most.
+
+    Returns:
+        Names of the files of weights.
+    """
+    folder, like = Path(folder), Path(like)
+    table = {row.ours: row for row in (LLAMA if isinstance(model, Llama) else BERT)}
+    arrays: list[Planned] = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]:
+        row = table[".".join(str(part.name) for part in path[:-1])]
+        stacked = "{}" in row.theirs
+        shape = leaf.shape[1:] if stacked else leaf.shape
+        sizes = dict(zip(row.our_axes, shape, strict=True))
+        theirs = tuple(
+            math.prod(sizes[axis] for axis in group)
+            for group in row.their_axes.split(",")
+        )
+        for i in range(leaf.shape[0] if stacked else 1):
+            fetch = functools.partial(_theirs, leaf, row, i if stacked else None)
+            arrays.append(Planned(row.theirs.format(i), theirs, fetch))
+    # Layer by layer, as whoever reads one file after the other wants it.
+    arrays.sort(key=lambda array: _layer_of(array.name))
+    if processes.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        unlike = shutil.ignore_patterns("*.safetensors", INDEX, *PICKLES)
+        shutil.copytree(like, folder, ignore=unlike, dirs_exist_ok=True)
+        config = _config(like)
+        # Older versions of transformers read the second name.
+        config |= dict.fromkeys(("dtype", "torch_dtype"), dtype.name)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return write_folder(folder, arrays, dtype, shard_bytes, processes.first())
+
+
+def _layer_of(name: str) -> int:
+    """Of an array; -1: before the layers, very large: behind them."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    if numbers:
+        return numbers[0]
+    return -1 if "embed" in name else 10**9
+
+
+def _theirs(leaf: jax.Array, row: Row, layer: int | None) -> np.ndarray | None:
+    """An array, or a layer of it, in the checkpoint's layout; for the first process."""
+    ours = sharding.fetch(leaf if layer is None else _layer(leaf, layer))
+    if not processes.first():
+        return None
+    order = row.their_axes.replace(",", "")
+    found = ours.transpose([row.our_axes.index(axis) for axis in order])
+    sizes = dict(zip(row.our_axes, ours.shape, strict=True))
+    groups = row.their_axes.split(",")
+    return found.reshape([math.prod(sizes[axis] for axis in g) for g in groups])
+
+
+@jax.jit
+def _layer(stacked: jax.Array, layer: ArrayLike) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
 def _config(folder: Path) -> dict[str, Any]:

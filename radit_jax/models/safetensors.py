@@ -1,10 +1,12 @@
-"""Reading parts of safetensors files, memory-mapped.
+"""Reading parts of safetensors files, and writing them array by array.
 
 The format is a length, a JSON header and raw arrays; the library's NumPy reader has no
-bfloat16, which most published weights are in.
+bfloat16, which most published weights are in, and its writer wants all arrays at once.
 """
 
 import json
+import os
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Tensor(NamedTuple):
-    """Where an array lies; ``array`` maps it without reading it."""
+    """Where an array lies; ``parts`` reads slices of it."""
 
     file: Path
     offset: int
@@ -36,9 +38,40 @@ class Tensor(NamedTuple):
     dtype: np.dtype
 
     @property
-    def array(self) -> np.ndarray:
-        """A read-only memory map; slices of it read only their pages."""
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+    def parts(self) -> "Parts":
+        """To be indexed with a slice per axis."""
+        return Parts(self)
+
+
+class Parts:
+    """An array in a file; ``parts[2:4, :8]`` reads those bytes and no others.
+
+    Not a memory map: that reads whole pages and those that follow, and where columns
+    are cut into short pieces that is the whole array.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+    def __getitem__(self, cut: tuple[slice, ...]) -> np.ndarray:
+        """A slice for each of one or two axes, steps of 1."""
+        file, offset, shape, dtype = self.tensor
+        bounds = [part.indices(size)[:2] for part, size in zip(cut, shape, strict=True)]
+        (first, last), *inner = bounds
+        width = prod(shape[1:])
+        start, stop = inner[0] if inner else (0, 1)
+        size = dtype.itemsize
+        with file.open("rb", buffering=0) as stream:
+            if stop - start == width:
+                stream.seek(offset + first * width * size)
+                found = np.fromfile(stream, dtype, (last - first) * width)
+            else:
+                found = np.empty((last - first, stop - start), dtype)
+                for row, into in enumerate(found.view(np.uint8), first):
+                    at = offset + (row * width + start) * size
+                    if os.preadv(stream.fileno(), [into], at) != into.nbytes:
+                        raise ValueError(f"{file}: truncated")
+        return found.reshape([end - begin for begin, end in bounds])
 
 
 def read_json(file: Path) -> Any:
@@ -124,3 +157,86 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{folder / INDEX} names {name}, which is missing")
         tensors |= read_header(folder / name)
     return tensors
+
+
+class Planned(NamedTuple):
+    """An array that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    # Asked for when its turn has come; on all processes alike. None where another
+    # process writes.
+    fetch: Callable[[], np.ndarray | None]
+
+
+def write_folder(
+    folder: Path,
+    arrays: Sequence[Planned],
+    dtype: np.dtype,
+    shard_bytes: int,
+    write: bool = True,
+) -> list[str]:
+    """Write arrays one after the other; no more than one is in memory.
+
+    Args:
+        folder: gets one file, or shards with their index.
+        arrays: in the order in which they are asked for.
+        dtype: of the files.
+        shard_bytes: of a file at most; a larger array has one of its own.
+        write: False to ask for the arrays only, as another process needs it.
+
+    Returns:
+        Names of the files.
+    """
+    shards: list[list[Planned]] = [[]]
+    room = shard_bytes
+    for array in arrays:
+        size = prod(array.shape) * dtype.itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(array)
+        room -= size
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [SINGLE]
+    total = 0
+    for name, shard in zip(names, shards, strict=True):
+        if not write:
+            for array in shard:
+                array.fetch()
+            continue
+        total += _write_file(folder / name, shard, dtype)
+    if write and count > 1:
+        weight_map = {
+            array.name: name
+            for name, shard in zip(names, shards, strict=True)
+            for array in shard
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return names
+
+
+def _write_file(file: Path, arrays: Iterable[Planned], dtype: np.dtype) -> int:
+    """One file; bytes of its arrays."""
+    kind = next(name for name, known in DTYPES.items() if known == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for array in arrays:
+        begin, end = end, end + prod(array.shape) * dtype.itemsize
+        header[array.name] = {
+            "dtype": kind,
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # arrays begin at multiples of 8
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays:
+            content = array.fetch()
+            assert content is not None
+            assert content.shape == array.shape, array.name
+            stream.write(np.ascontiguousarray(content, dtype).view(np.uint8).data)
+    return end

@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
+from radit_jax import processes
+
 # Rounding a text up to the next length wastes little, least where passages of 100 words
 # lie; the list is short, because each length is a program or two to compile.
 BUCKET_LENGTHS = (32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
@@ -185,6 +187,8 @@ def embed_passages(
 
     Texts are read, tokenised and encoded one shard at a time, so memory does not grow
     with the corpus; the next shard is tokenised while the device encodes this one.
+    Several processes deal the shards out among each other, and all return when all are
+    done.
 
     Args:
         texts: the passages, by id.
@@ -200,7 +204,8 @@ def embed_passages(
         progress: told of the passages done.
 
     Returns:
-        How much was done, how fast, and how much of it was padding.
+        How much was done by all processes, how fast, and how much of what this one
+        encoded was padding.
 
     Raises:
         ValueError: there are no texts; a text is longer than ``max_length`` or has no
@@ -210,10 +215,14 @@ def embed_passages(
     folder = Path(folder)
     if len(texts) == 0:
         raise ValueError("there are no passages to embed; is the corpus empty?")
-    _start_layout(folder, len(texts), shard_size)
+    if processes.first():
+        _start_layout(folder, len(texts), shard_size)
+    processes.barrier("layout of embeddings")
+    processes.wait_for(folder / _LAYOUT)
     width: int | None = None
     todo, done = [], 0
-    for shard, (start, stop) in enumerate(_shard_ranges(len(texts), shard_size)):
+    ranges = list(enumerate(_shard_ranges(len(texts), shard_size)))
+    for shard, (start, stop) in ranges[processes.index() :: processes.count()]:
         path = _shard_path(folder, shard)
         if path.exists():
             width = _open_shard(path, stop - start, width).shape[1]
@@ -252,6 +261,9 @@ def embed_passages(
                 )
             width = rows.shape[1]
             _write_shard(path, rows)
+    embedded = sum(processes.gather(embedded))
+    for shard, _ in ranges:
+        processes.wait_for(_shard_path(folder, shard))
     seconds = time.perf_counter() - started
     return EmbedStats(
         embedded,

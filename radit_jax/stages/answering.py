@@ -37,7 +37,7 @@ from radit_jax.inference.generate import Generated, generate, generate_mixed
 from radit_jax.models.llama import Llama
 from radit_jax.stages.scoring import PromptScorer
 from radit_jax.stages.shots import Shots
-from radit_jax.stages.stage import compute_dtype
+from radit_jax.stages.stage import attention_kernel, compute_dtype
 from radit_jax.tracker import Progress, progress
 
 ENSEMBLES = ("paper", "rescored", "token", "concatenated")
@@ -108,6 +108,7 @@ class Reader:
         self.bos = bos
         self.shots = shots
         self.dtype = compute_dtype(config)
+        self.kernel = attention_kernel(config, model.config.head_size)
         self._known: dict[tuple[tuple[int, ...], Task], Generated] = {}
         self._sizes: dict[str, int] = {}
         self._scoring: PromptScorer | None = None
@@ -274,6 +275,7 @@ class Reader:
             stop=of.stop,
             batch_tokens=self.config.evaluate.batch_tokens,
             dtype=self.dtype,
+            kernel=self.kernel,
             progress=bar.update,
         )
         self._known |= zip(((p, of) for p in new), found, strict=True)
@@ -298,6 +300,7 @@ class Reader:
             stop=of.stop,
             batch_tokens=self.config.evaluate.batch_tokens,
             dtype=self.dtype,
+            kernel=self.kernel,
             progress=bar.update,
         )
         return [
@@ -416,7 +419,9 @@ class Reader:
     def _scorer(self) -> PromptScorer:
         if self._scoring is None:
             rows = ConfigDict({**self.config.evaluate, "row_tokens": self._limit()})
-            self._scoring = PromptScorer("evaluate", rows, self.model, self.dtype)
+            self._scoring = PromptScorer(
+                "evaluate", rows, self.model, self.dtype, self.kernel
+            )
         return self._scoring
 
 

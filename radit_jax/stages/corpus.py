@@ -100,4 +100,4 @@ def check(config: ConfigDict) -> None:
     find_files(config.corpus.documents)
 
 
-STAGE = Stage("passages", (), ("corpus.documents",), settings, build, check)
+STAGE = Stage("passages", (), ("corpus.documents",), settings, build, check, alone=True)

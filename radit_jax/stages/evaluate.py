@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from radit_jax import processes
 from radit_jax.batch import Example
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tasks import gold_passages, subject
@@ -341,6 +342,10 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         False: lambda: load_llama(lm_folder(config)),
         True: lambda: load_finetuned(config),
     }
+    files = {
+        name: folder / "systems" / f"{name.replace(' ', '_')}.jsonl" for name in systems
+    }
+    there = processes.from_first({name: file.exists() for name, file in files.items()})
     done: dict[str, list[Generation]] = {}
     for finetuned, load in loaders.items():
         reader: Reader | None = None
@@ -353,8 +358,8 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
             if not ours:
                 log.warning("%s: left out, no question names its document", name)
                 continue
-            file = folder / "systems" / f"{name.replace(' ', '_')}.jsonl"
-            if not file.exists():
+            file = files[name]
+            if not there[name]:
                 if reader is None:
                     bos = config.lm_ft.bos if finetuned else tokenizer.add_bos
                     reader = Reader(config, load(), tokenizer, bos, shots)
@@ -364,13 +369,17 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
                 ]
                 answered = reader.answer(name, given)
                 found = map(functools.partial(generation, name), given, answered)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_suffix(".tmp")
-                write_generations(temporary, found)
-                temporary.rename(file)
-            done[name] = read_generations(file)
+                if processes.first():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    temporary = file.with_suffix(".tmp")
+                    write_generations(temporary, found)
+                    temporary.rename(file)
+            if processes.first():
+                done[name] = read_generations(file)
         del reader
         gc.collect()
+    if not processes.first():
+        return {}
     generations = [g for name in systems for g in done.get(name, [])]
     answers = answer_values(generations)
     retrieval = retrieval_values(asked, store) if store else []
@@ -440,8 +449,11 @@ def show(config: ConfigDict) -> None:
     if "prepare" in config:
         run("prepare", prepare.STAGE, config)
     report = run("evaluate", STAGE, config)
-    print(summary(Path(config.workdir)))
-    print(f"\nTo look at in a browser, down to every prompt: {report / 'index.html'}")
+    if processes.first():
+        print(summary(Path(config.workdir)))
+        print(
+            f"\nTo look at in a browser, down to every prompt: {report / 'index.html'}"
+        )
 
 
 STAGE = Stage("report", inputs, ("lm",), settings, build, weights_temperature)

@@ -41,7 +41,7 @@ def peak_flops(dtype: jnp.dtype) -> float:
 def measured_matmul(dtype: jnp.dtype, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of the fastest of a few square matrix products on the first device."""
     seconds = []
-    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+    with jax.set_mesh(sharding.make_mesh(devices=jax.local_devices()[:1])):
         x = jnp.ones((size, size), dtype)
         product = jax.jit(jnp.dot)
         product(x, x).block_until_ready()

@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from radit_jax import sharding
+from radit_jax import processes, sharding
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.huggingface import load_encoder, read_encoder_config
 from radit_jax.retrieval.embed import EmbeddingStore, EmbedStats, embed_passages
-from radit_jax.retrieval.index import Built, ScannSettings, build_index
+from radit_jax.retrieval.index import (
+    INDEX_FILE,
+    Built,
+    ScannSettings,
+    build_index,
+)
 from radit_jax.stages.stage import (
     Stage,
     compute_dtype,
@@ -58,11 +64,15 @@ def tower(
 ) -> tuple[Encode, Tokenize, int]:
     """A loaded encoder as the two functions that retrieval works with.
 
+    Encoders are small beside a language model: each process has a whole one on its own
+    devices, and what they encode needs no other process.
+
     Returns:
         ``encode`` (token ids and mask to embeddings), ``tokenize``, and the longest
         input in tokens: the config's, or the checkpoint's own if that is less.
     """
-    encoder = load_tower(config, folder)
+    with jax.set_mesh(sharding.own_mesh()):
+        encoder = load_tower(config, folder)
     length = min(max_length, encoder.config.max_length)
     encode = functools.partial(encoding(config), encoder)
     return encode, tokenizing(load_tokenizer(folder), length), length
@@ -107,22 +117,40 @@ def score_temperature(config: ConfigDict, field: str) -> float:
     return 1.0 if temperature is None else temperature
 
 
-def encoding(
-    config: ConfigDict,
-) -> Callable[[Encoder, np.ndarray, np.ndarray], jax.Array]:
-    """Embeddings of a host batch by an encoder that may change, compiled once."""
-    dtype = compute_dtype(config)
+def make_encode(
+    dtype: jnp.dtype,
+) -> Callable[[Encoder, jax.Array, jax.Array], jax.Array]:
+    """The jitted function from token ids and mask, rows on the mesh, to embeddings."""
 
     @jax.jit
     def apply(encoder: Encoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         return encoder(tokens, mask, dtype)
 
+    return apply
+
+
+def encoding(
+    config: ConfigDict,
+) -> Callable[[Encoder, np.ndarray, np.ndarray], jax.Array]:
+    """Embeddings of a host batch by an encoder that may change, compiled once.
+
+    Batch and encoder are those of this process, on its ``own_mesh``.
+    """
+    apply = make_encode(compute_dtype(config))
+
     def encode(
         encoder: Encoder, tokens_BL: np.ndarray, mask_BL: np.ndarray
     ) -> jax.Array:
-        return apply(encoder, *map(sharding.put_rows, (tokens_BL, mask_BL)))
+        with jax.set_mesh(sharding.own_mesh()):
+            return apply(encoder, *map(sharding.put_rows, (tokens_BL, mask_BL)))
 
     return encode
+
+
+def row_multiple() -> int:
+    """What the rows of a batch of ``encoding`` are a multiple of."""
+    with jax.set_mesh(sharding.own_mesh()):
+        return sharding.row_shards()
 
 
 def tokenizing(tokenizer: Tokenizer, max_length: int) -> Tokenize:
@@ -153,7 +181,8 @@ def embed_corpus(
     length: int,
     folder: Path,
 ) -> EmbedStats:
-    """Embed every passage into a folder; shards that are there are kept."""
+    """Embed every passage into a folder, each process its share of the shards; those
+    that are there are kept."""
     with progress(len(store), "index", "passages") as bar:
         return embed_passages(
             DisplayTexts(store),
@@ -163,20 +192,27 @@ def embed_corpus(
             shard_size=config.index.shard_size,
             batch_tokens=config.index.batch_tokens,
             max_length=length,
-            row_multiple=sharding.row_shards(),
+            row_multiple=row_multiple(),
             progress=bar,
         )
 
 
-def build_structure(config: ConfigDict, folder: Path) -> Built:
-    """Build what is searched beside the embeddings of a folder."""
-    return build_index(
+def build_structure(config: ConfigDict, folder: Path) -> Built | None:
+    """Build what is searched beside the embeddings of a folder; None where another
+    process has built it."""
+    if not processes.first():
+        processes.barrier("structure")
+        processes.wait_for(folder / INDEX_FILE)
+        return None
+    built = build_index(
         config.index.kind,
         EmbeddingStore(folder),
         folder,
         settings=settings_of(ScannSettings, config.index),
         seed=config.seed,
     )
+    processes.barrier("structure")
+    return built
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
@@ -185,6 +221,8 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     side = tower(config, context_folder(config), config.index.max_tokens)
     stats = embed_corpus(config, store, *side, folder)
     built = build_structure(config, folder)
+    if built is None:
+        return {}
     return {
         "passages": len(store),
         "passages_per_second": round(stats.passages_per_second, 1),

@@ -20,7 +20,7 @@ from radit_jax import optim, sharding
 from radit_jax.batch import Packed
 from radit_jax.data import pipeline
 from radit_jax.data.corpus import PassageStore
-from radit_jax.data.counting import CountingBatches
+from radit_jax.data.counting import Streams
 from radit_jax.data.registry import DATASETS
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.inference.score import target_log_probabilities
@@ -142,9 +142,9 @@ def make_step(
 
 
 def place(batch: Packed) -> Packed:
-    """A host batch on the mesh: rows over the data axes, micro-batches in order."""
-    spec = jax.P(None, sharding.ROWS, None)
-    put = functools.partial(sharding.put, spec=spec)
+    """This process' rows of a batch on the mesh: rows over the data axes, micro-batches
+    in order."""
+    put = functools.partial(sharding.put_own, spec=sharding.PARTS_BL)
     return Packed(*(put(array) for array in batch))
 
 
@@ -210,8 +210,11 @@ def context_roles(config: ConfigDict, names: Sequence[str]) -> dict[str, str]:
 
 def prepare_data(
     config: ConfigDict, tokenizer: Tokenizer
-) -> tuple[CountingBatches, list[Packed]]:
-    """Training batches without end, and the validation batches."""
+) -> tuple[Streams, list[Packed]]:
+    """Training batches without end, and the validation batches, whole on every process.
+
+    Training reads ``lm_ft.streams`` streams, each process those of its own rows.
+    """
     workdir = Path(config.workdir)
     passages = PassageStore(workdir / "passages")
     mixture = settings_of(pipeline.Mixture, config.lm_ft, seed=config.seed, shares={})
@@ -231,14 +234,14 @@ def prepare_data(
     }
     for parts in datasets.values():
         pipeline.check_answers(parts, tokenizer, mixture)
-    batches = pipeline.training_batches(
-        datasets["train"],
-        passages,
-        tokenizer,
-        mixture,
-        jax.process_index(),
-        jax.process_count(),
-    )
+    count = config.lm_ft.streams
+    streams = {
+        stream: pipeline.training_batches(
+            datasets["train"], passages, tokenizer, mixture, stream, count
+        )
+        for stream in own_streams(count)
+    }
+    batches = Streams(streams, axis=1)
     fixed = pipeline.validation_batches(
         sample(datasets["dev"], config.lm_ft.validation_examples, config.seed),
         passages,
@@ -247,6 +250,23 @@ def prepare_data(
         rows,
     )
     return batches, list(fixed)
+
+
+def own_streams(count: int) -> range:
+    """Those of ``count`` streams whose rows this process holds.
+
+    Raises:
+        ValueError: they do not divide over the processes.
+    """
+    part, parts = sharding.process_rows()
+    if count % parts:
+        raise ValueError(
+            f"lm_ft.streams = {count} does not divide over the {parts} processes that "
+            f"hold different rows; the nearest multiple is "
+            f"{max(round(count / parts), 1) * parts}"
+        )
+    size = count // parts
+    return range(part * size, (part + 1) * size)
 
 
 def check_settings(lm_ft: ConfigDict) -> None:
@@ -262,11 +282,25 @@ def check_settings(lm_ft: ConfigDict) -> None:
         "row_targets",
         "micro_batches",
         "packing_bins",
+        "streams",
     )
     check_counts("lm_ft", lm_ft, (*counts, *COUNTS))
     if lm_ft.remat not in REMAT_POLICIES:
         raise ValueError(
             f"lm_ft.remat = {lm_ft.remat!r} is not one of {', '.join(REMAT_POLICIES)}"
+        )
+
+
+def check_context(lm_ft: ConfigDict, model: LlamaConfig) -> None:
+    """Stop if rows are longer than what the model can read.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if lm_ft.row_tokens > model.max_length:
+        raise ValueError(
+            f"lm_ft.row_tokens = {lm_ft.row_tokens} is more than the model's context "
+            f"of {model.max_length} tokens"
         )
 
 
@@ -281,11 +315,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     batches, fixed = prepare_data(config, tokenizer)
     model = load_llama(lm_folder(config))
     check_vocabulary(tokenizer, model.config)
-    if lm_ft.row_tokens > model.config.max_length:
-        raise ValueError(
-            f"lm_ft.row_tokens = {lm_ft.row_tokens} is more than the model's context "
-            f"of {model.config.max_length} tokens"
-        )
+    check_context(lm_ft, model.config)
     weights = sum(x.size for x in jax.tree.leaves(model))
     log.info(
         "lm_ft: %.1fM weights, mesh %s, steps of %d x %d tokens in %d micro-batches",

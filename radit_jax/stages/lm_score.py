@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from radit_jax import processes
 from radit_jax.batch import Example
 from radit_jax.data import prompts
 from radit_jax.data.corpus import PassageStore
@@ -32,6 +33,7 @@ from radit_jax.stages.retrieve import (
 from radit_jax.stages.scoring import PromptScorer, Scored, check_rows
 from radit_jax.stages.stage import (
     Stage,
+    attention_kernel,
     check_counts,
     compute_dtype,
     field_fingerprint,
@@ -78,7 +80,10 @@ class Scorer(PromptScorer):
 
     def __init__(self, config: ConfigDict, model: Llama, tokenizer: Tokenizer):
         check_vocabulary(tokenizer, model.config)
-        super().__init__("lm_score", config.lm_score, model, compute_dtype(config))
+        super().__init__(
+            *("lm_score", config.lm_score, model, compute_dtype(config)),
+            attention_kernel(config, model.config.head_size),
+        )
         self.config = config.lm_score
         self.tokenizer = tokenizer
 
@@ -200,18 +205,21 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     ids_BC = np.concatenate([part.ids for part in parts.values()])
     pairs = all_pairs(ids_BC)
     shards = folder / "shards"
-    files = []
+    starts = range(0, len(pairs.examples), size)
+    files = [shards / f"{start:012d}.npz" for start in starts]
+    there = processes.from_first([file.exists() for file in files])
     with progress(len(pairs.examples), "lm_score", "pairs") as bar:
-        for start in range(0, len(pairs.examples), size):
+        for start, file, done in zip(starts, files, there, strict=True):
             part = Pairs(*(array[start : start + size] for array in pairs))
-            files.append(shards / f"{start:012d}.npz")
-            if files[-1].exists():
+            if done:
                 bar.skip(len(part.examples))
                 continue
             scored = scorer(texts_of(part, examples, store), bar.update)
-            write_arrays(files[-1], **scored._asdict())
-    _write_scores(folder, parts, ids_BC, pairs, files)
-    shutil.rmtree(shards)
+            if processes.first():
+                write_arrays(file, **scored._asdict())
+    if processes.first():
+        _write_scores(folder, parts, ids_BC, pairs, files)
+        shutil.rmtree(shards)
     counts: dict[str, Any] = {
         f"{split}/{name}": len(part.examples) for (split, name), part in parts.items()
     }

@@ -56,4 +56,4 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target.resolve())
 
 
-STAGE = Stage("inputs", (), ("prepare.kind",), settings, build)
+STAGE = Stage("inputs", (), ("prepare.kind",), settings, build, alone=True)

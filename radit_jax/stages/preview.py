@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from radit_jax import processes
 from radit_jax.artifacts import MANIFEST
 from radit_jax.batch import Example
 from radit_jax.data import prompts
@@ -193,8 +194,9 @@ def show(config: ConfigDict) -> None:
     if "prepare" in config:
         run("prepare", prepare.STAGE, config)
     folder = run("preview", STAGE, config)
-    print((folder / TEXT).read_text())
-    print(f"The same to look at in a browser: {folder.resolve() / 'preview.html'}")
+    if processes.first():
+        print((folder / TEXT).read_text())
+        print(f"The same to look at in a browser: {folder.resolve() / 'preview.html'}")
 
 
-STAGE = Stage("preview", inputs, ("lm",), settings, build)
+STAGE = Stage("preview", inputs, ("lm",), settings, build, alone=True)

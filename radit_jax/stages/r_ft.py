@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from radit_jax import losses, optim, sharding
+from radit_jax import losses, optim, processes, sharding
 from radit_jax.batch import Candidates, Example
 from radit_jax.data.candidates import (
     CandidateBatches,
@@ -263,8 +263,8 @@ def _in_batch(
 
 
 def place(batch: Candidates) -> Candidates:
-    """A host batch on the mesh, its rows over the data axes."""
-    return jax.tree.map(sharding.put_rows, batch)
+    """This process' rows of a batch on the mesh, over the data axes."""
+    return jax.tree.map(sharding.put_own_rows, batch)
 
 
 class Corpus:
@@ -295,14 +295,18 @@ class Corpus:
         """The index as it is, or all passages as the context encoder now sees them."""
         if self.frozen is not None:
             return self.frozen
-        shutil.rmtree(self.folder, ignore_errors=True)
+        # Not while another process still reads what is to go.
+        processes.barrier("index")
+        if processes.first():
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.embed(towers, self.folder)
         return ExactIndex(EmbeddingStore(self.folder), jax.sharding.get_mesh())
 
     def embed(self, towers: Towers, folder: Path) -> None:
         """All passages by the context encoder that trains."""
         assert towers.context is not None
-        encode = functools.partial(self.encode, towers.context)
+        context = sharding.on_own_mesh(towers.context)
+        encode = functools.partial(self.encode, context)
         embed_corpus(
             self.config, self.store, encode, self.tokenize, self.length, folder
         )
@@ -394,7 +398,8 @@ class Training:
 
     def searcher(self, towers: Towers) -> Searcher:
         """Search with the towers as they are."""
-        encode = functools.partial(self.corpus.encode, towers.query)
+        query = sharding.on_own_mesh(towers.query)
+        encode = functools.partial(self.corpus.encode, query)
         return Searcher(
             self.config,
             self.corpus.index(towers),
@@ -465,8 +470,7 @@ class Training:
             r_ft.rows,
             self.longest,
             config.seed,
-            jax.process_index(),
-            jax.process_count(),
+            *sharding.process_rows(),
         )
         extra: dict[str, Any] = {}
         if r_ft.refresh_every:
@@ -503,7 +507,8 @@ class Training:
             self.validate,
             **extra,
         )
-        shutil.rmtree(self.corpus.folder, ignore_errors=True)
+        if processes.first():
+            shutil.rmtree(self.corpus.folder, ignore_errors=True)
         if r_ft.towers == "both":
             towers = load_finetuned_towers(config, folder)
             self.corpus.embed(towers, folder / "index")

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from radit_jax import processes
 from radit_jax.stages import (
     corpus,
     evaluate,
+    export,
     index,
     lm_ft,
     lm_score,
@@ -16,7 +18,7 @@ from radit_jax.stages import (
     retrieve,
     retrieve_r_ft,
 )
-from radit_jax.stages.stage import Stage, check_required, existing, run
+from radit_jax.stages.stage import Stage, check_required, existing, mesh, run
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ STAGES: dict[str, Stage] = {
     "retrieve_r_ft": retrieve_r_ft.STAGE,
     "lm_ft": lm_ft.STAGE,
     "evaluate": evaluate.STAGE,
+    "export": export.STAGE,
 }
 
 
@@ -39,14 +42,17 @@ def run_chain(config: ConfigDict) -> None:
     Raises:
         ValueError: an unknown stage, or a field that any of the stages needs is not
             set; nothing runs then.
+        ValueError: the mesh does not fit the devices.
         FileNotFoundError: a file or folder that any of them needs is not there.
-        ValueError: an encoder that normalises, without a temperature of its scores.
+        ValueError: an encoder that normalises, without a temperature of its scores; or
+            processes with different files.
     """
     unknown = [name for name in config.stages if name not in STAGES]
     if unknown:
         raise ValueError(f"stages: {unknown} not among {', '.join(STAGES)}")
     required = dict.fromkeys(f for name in config.stages for f in STAGES[name].required)
     check_required("radit", tuple(required), config)
+    mesh(config)  # raises if there are other devices than it says
     if "prepare" not in config.stages:
         # Not after hours of indexing. What ``prepare`` makes is not there yet.
         for field in required:
@@ -55,13 +61,17 @@ def run_chain(config: ConfigDict) -> None:
                 existing(config, field)
         for name in config.stages:
             STAGES[name].check(config)
+        if processes.count() > 1:
+            found = {name: STAGES[name].settings(config) for name in config.stages}
+            processes.check_same("inputs", found)
     for name in config.stages:
         run(name, STAGES[name], config)
     workdir = Path(config.workdir)
-    if "evaluate" in config.stages:
+    if "evaluate" in config.stages and processes.first():
         report = workdir / "report"
         print(evaluate.summary(workdir))
         print(f"\nEverything is in {workdir.resolve()}:")
+        print(f"  to read, down to every prompt    {report / 'index.html'}")
         print(f"  tables and side-by-side answers  {report / 'results.md'}")
         print(f"  the same as data                 {report / 'results.json'}")
         print(f"  picture                          {report / 'results.png'}")

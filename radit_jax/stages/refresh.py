@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from radit_jax import processes
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.models.huggingface import load_llama
@@ -65,7 +66,7 @@ class Refresher:
         for round in range(self.round + 1, wanted + 1):
             for split in self.scores:
                 file = self.folder / f"{round * every:09d}-{split}.npz"
-                if not file.exists():
+                if not processes.from_first(file.exists()):
                     if round * every != done:
                         raise ValueError(
                             f"{file}: missing, and the retriever of step "
@@ -112,7 +113,10 @@ class Refresher:
             np.take_along_axis(old.token_log_p, at_BC[owners], 1),
             token_log_p,
         )
-        write_arrays(file, ids=ids_BC, log_p=log_p, token_log_p=token_log_p)
+        if processes.first():
+            write_arrays(file, ids=ids_BC, log_p=log_p, token_log_p=token_log_p)
+        processes.barrier("refresh")
+        processes.wait_for(file)
 
     def _scorer(self) -> Scorer:
         """The language model, once it is needed."""

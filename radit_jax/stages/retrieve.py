@@ -1,6 +1,7 @@
 """Stage ``retrieve``: questions and index/ -> retrieved/, with the query encoder."""
 
 import difflib
+import itertools
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from radit_jax import sharding
+from radit_jax import processes
 from radit_jax.artifacts import fingerprint
 from radit_jax.batch import Example, Retrieved
 from radit_jax.data.corpus import PassageStore
@@ -20,7 +21,7 @@ from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.evaluation.metrics import contains_answer
 from radit_jax.retrieval.embed import embed_queries
 from radit_jax.retrieval.index import Index, open_index
-from radit_jax.stages.index import Encode, Tokenize, tower
+from radit_jax.stages.index import Encode, Tokenize, row_multiple, tower
 from radit_jax.stages.stage import (
     Stage,
     check_counts,
@@ -253,7 +254,7 @@ class Searcher:
             self.encode,
             batch_tokens=self.config.batch_tokens,
             max_length=self.length,
-            row_multiple=sharding.row_shards(),
+            row_multiple=row_multiple(),
         )
         sources_B = np.array([example.source for example in examples])
         if (sources_B < 0).all():
@@ -296,10 +297,20 @@ def search_splits(
 ) -> dict[str, int]:
     """Fill ``folder/SPLIT/DATASET``, a shard that is there is kept; sizes of each.
 
-    Datasets that are never read with retrieved passages get none.
+    Datasets that are never read with retrieved passages get none. Several processes
+    deal the shards out among each other, unless the index wants them all together.
     """
     size = config.retrieve.shard_size
     counts = {}
+    files = [
+        folder / split / name / f"shard-{start:09d}.npz"
+        for split, datasets in splits.items()
+        for name, examples in datasets.items()
+        for start in range(0, len(examples), size)
+    ]
+    there = processes.from_first([file.exists() for file in files])
+    done = dict(zip(files, there, strict=True))
+    deal = itertools.cycle(range(processes.count()))
     total = sum(len(e) for datasets in splits.values() for e in datasets.values())
     with progress(total, "retrieve", "questions") as bar:
         for split, datasets in splits.items():
@@ -309,16 +320,20 @@ def search_splits(
                 for start in range(0, len(examples), size):
                     part = examples[start : start + size]
                     file = target / f"shard-{start:09d}.npz"
-                    if file.exists():
+                    if done[file]:
                         bar.skip(len(part))
-                    else:
-                        found = nothing(len(part), config.retrieve.k)
-                        if searched(name):
-                            found = searcher(part, config.retrieve.k)
+                        continue
+                    mine = next(deal) == processes.index()
+                    found = nothing(len(part), config.retrieve.k)
+                    if searched(name) and (mine or searcher.index.together):
+                        found = searcher(part, config.retrieve.k)
+                    if mine:
                         write_arrays(file, ids=found.ids, scores=found.scores)
-                        bar.update(len(part))
-                rows = (json.dumps(example._asdict()) for example in examples)
-                (target / "examples.jsonl").write_text("\n".join(rows) + "\n")
+                    bar.update(len(part))
+                if processes.first():
+                    rows = (json.dumps(example._asdict()) for example in examples)
+                    target.mkdir(parents=True, exist_ok=True)
+                    (target / "examples.jsonl").write_text("\n".join(rows) + "\n")
     return counts
 
 

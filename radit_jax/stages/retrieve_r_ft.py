@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from radit_jax import sharding
 from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.retrieval.index import open_index
 from radit_jax.stages.index import encoding, tokenizing
@@ -50,7 +51,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         searcher = Searcher(
             config,
             index,
-            functools.partial(apply, towers.query),
+            functools.partial(apply, sharding.on_own_mesh(towers.query)),
             tokenizing(load_tokenizer(config.encoder), length),
             length,
         )

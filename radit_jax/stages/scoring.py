@@ -14,6 +14,7 @@ from radit_jax import sharding
 from radit_jax.batch import Packed
 from radit_jax.data import pipeline, prompts
 from radit_jax.inference.score import target_log_probabilities
+from radit_jax.models.attention import XLA, Kernel
 from radit_jax.models.llama import Llama
 from radit_jax.stages.stage import check_counts
 
@@ -48,6 +49,24 @@ class Scored(NamedTuple):
         return sums.astype(np.float32)
 
 
+def make_score(
+    dtype: DTypeLike, kernel: Kernel = XLA
+) -> Callable[[Llama, Packed, jax.Array], jax.Array]:
+    """The jitted function from packed rows to log-probabilities [B, T], whole on every
+    device: every process needs the scores of all rows, not of its own alone."""
+
+    @functools.partial(jax.jit, out_shardings=jax.P())
+    def log_probabilities(
+        model: Llama, batch: Packed, prefix_ids_BL: jax.Array
+    ) -> jax.Array:
+        log_BT = target_log_probabilities(
+            model, batch, prefix_ids_BL, dtype, kernel=kernel
+        )
+        return jax.sharding.reshard(log_BT, jax.P())
+
+    return log_probabilities
+
+
 class PromptScorer:
     """Scores answers under one frozen language model.
 
@@ -57,41 +76,42 @@ class PromptScorer:
             ``rows`` of a batch on all devices, and ``packing_bins``.
         model: on the current mesh.
         dtype: of compute.
+        kernel: of attention.
 
     Raises:
         ValueError: rows do not divide over the processes, or are longer than the
             model's context.
     """
 
-    def __init__(self, name: str, config: ConfigDict, model: Llama, dtype: DTypeLike):
+    def __init__(
+        self,
+        name: str,
+        config: ConfigDict,
+        model: Llama,
+        dtype: DTypeLike,
+        kernel: Kernel = XLA,
+    ):
         self.model = model
         if config.row_tokens > model.config.max_length:
             raise ValueError(
                 f"{name}.row_tokens = {config.row_tokens} is more than the "
                 f"model's context of {model.config.max_length} tokens"
             )
-        processes = jax.process_count()
-        if config.rows % processes:
+        # Processes that split heads among each other score the same rows.
+        self.part, parts = sharding.process_rows()
+        if config.rows % parts:
             raise ValueError(
-                f"{name}.rows = {config.rows} does not divide over {processes} "
-                "processes"
+                f"{name}.rows = {config.rows} does not divide over {parts} processes"
             )
+        self.parts = parts
         self.mixture = pipeline.Mixture(
             row_tokens=config.row_tokens,
             row_targets=config.row_targets,
-            rows=config.rows // processes,
+            rows=config.rows // parts,
             packing_bins=config.packing_bins,
         )
 
-        # Every process needs the scores of all rows, not of its own alone.
-        @functools.partial(jax.jit, out_shardings=jax.P())
-        def log_probabilities(
-            model: Llama, batch: Packed, prefix_ids_BL: jax.Array
-        ) -> jax.Array:
-            log_BT = target_log_probabilities(model, batch, prefix_ids_BL, dtype)
-            return jax.sharding.reshard(log_BT, jax.P())
-
-        self._log_probabilities = log_probabilities
+        self._log_probabilities = make_score(dtype, kernel)
         # Tokens of all sequences, those read, and the room of all rows; of this
         # process.
         self.alone = self.read = self.slots = 0
@@ -113,8 +133,8 @@ class PromptScorer:
         token_log_p = np.zeros(int(tokens.sum()), np.float32)
         late: tuple[jax.Array, np.ndarray] | None = None
         for packed in self._batches(sequences):
-            on_mesh = Packed(*map(sharding.put_rows, packed.batch))
-            prefix_ids_BL = sharding.put_rows(packed.prefix_ids_BL)
+            on_mesh = Packed(*map(sharding.put_own_rows, packed.batch))
+            prefix_ids_BL = sharding.put_own_rows(packed.prefix_ids_BL)
             log_BT = self._log_probabilities(self.model, on_mesh, prefix_ids_BL)
             # The device works on this batch while the one before is filed.
             if late is not None:
@@ -128,18 +148,21 @@ class PromptScorer:
         self, sequences: Sequence[prompts.Prompt]
     ) -> Iterator[pipeline.ScoringBatch]:
         """This process' rows of every batch; the owners are those of all rows."""
-        process, processes = jax.process_index(), jax.process_count()
         # Neighbours share a passage, so that each process has a stretch of them.
-        bounds = np.linspace(0, len(sequences), processes + 1).astype(int)
-        start, stop = bounds[process : process + 2]
-        mine = pipeline.scoring_batches(sequences[start:stop], self.mixture)
-        if processes > 1:
+        bounds = np.linspace(0, len(sequences), self.parts + 1).astype(int)
+        start, stop = bounds[self.part : self.part + 2]
+        step = 0  # every process has as many rows in every batch
+        if self.parts == 1:
+            shards = sharding.row_shards()
+            step = -(-self.mixture.rows // (4 * shards)) * shards
+        mine = pipeline.scoring_batches(sequences[start:stop], self.mixture, step)
+        if self.parts > 1:
             mine = self._in_step(mine, int(start))
         for packed in mine:
             self.read += int((packed.batch.segment_ids_BL > 0).sum())
             self.slots += packed.batch.tokens_BL.size
             yield packed
-        self.alone += sum(len(s.tokens) for s in sequences[start:stop])
+        self.alone += sum(len(s.tokens) - 1 for s in sequences[start:stop])
 
     def _in_step(
         self, batches: Iterator[pipeline.ScoringBatch], start: int
@@ -155,8 +178,8 @@ class PromptScorer:
             owners_BT = np.where(
                 packed.owners_BT >= 0, packed.owners_BT + start, packed.owners_BT
             )
-            everyone = multihost_utils.process_allgather(owners_BT, tiled=True)
-            yield packed._replace(owners_BT=np.asarray(everyone))
+            everyone = sharding.fetch(sharding.put_own_rows(owners_BT))
+            yield packed._replace(owners_BT=everyone)
 
 
 def _file(

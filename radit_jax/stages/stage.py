@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from radit_jax import artifacts, sharding
+from radit_jax import artifacts, processes, sharding
 from radit_jax.artifacts import fingerprint
 from radit_jax.data.packages import cache_folder
 from radit_jax.data.registry import missing
+from radit_jax.mirror import reachable
 from radit_jax.models.attention import Kernel, choose_kernel
 from radit_jax.models.gguf import convert_gguf
 
@@ -37,36 +38,73 @@ class Stage(NamedTuple):
     build: Callable[[ConfigDict, Path], Mapping[str, Any]]
     # Raises if files or settings of its own will not do, before a chain starts.
     check: Callable[[ConfigDict], object] = lambda config: None
+    # Work of the host: one process does it, the others wait.
+    alone: bool = False
 
 
 def run(name: str, stage: Stage, config: ConfigDict) -> Path:
     """Make a stage's artifact unless it is there already; returns its folder.
 
+    Several processes make it together, in one folder that all of them see: the first
+    one writes the manifest and gives the folder its name.
+
     Raises:
-        ValueError: a required field is not set, or an input artifact is missing.
+        ValueError: a required field is not set, an input artifact is missing, the
+            mirror cannot be reached, or processes have other settings or files.
     """
     check_required(name, stage.required, config)
     workdir = Path(config.workdir)
     inputs = stage.inputs(config) if callable(stage.inputs) else stage.inputs
+    # The first process fetches and copies, for all share the work folder.
+    mirrored = config.mirror and processes.first()
+    mirror = reachable(config.mirror) if mirrored else None
+    if mirror:
+        # What the recipes that bring their own inputs prepare is no artifact's input.
+        mirror.bring(workdir, ("inputs", *inputs))
+    processes.barrier(f"{name} has its inputs")
     plan = artifacts.plan(
         workdir,
         stage.output,
         {"stage": name, **stage.settings(config)},
         {input: workdir / input for input in inputs},
     )
-    if artifacts.is_complete(plan):
+    processes.check_same(
+        f"stage {name}", {"settings": plan.settings, "inputs": plan.inputs}
+    )
+    if mirror and not artifacts.is_complete(plan):
+        mirror.fetch(plan)
+    if processes.from_first(artifacts.is_complete(plan)):
         log.info("%s: %s is complete, skipped", name, plan.folder)
+        if mirror:
+            mirror.keep(plan)
+        processes.wait_for(plan.folder / artifacts.MANIFEST)
         return plan.folder
     log.info("%s: making %s", name, plan.folder)
     start = time.perf_counter()
-    folder = artifacts.begin(plan)
-    (folder / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
-    with jax.set_mesh(mesh(config)):
-        counts = stage.build(config, folder)
+    if processes.first():
+        artifacts.begin(plan)
+        if mirror:
+            mirror.attach(plan)
+        text = config.to_json_best_effort(indent=2)
+        (plan.partial / "config.json").write_text(text + "\n")
+    processes.barrier(f"{name} begins")
+    processes.wait_for(plan.partial / "config.json")
+    counts: Mapping[str, Any] = {}
+    if processes.first() or not stage.alone:
+        with jax.set_mesh(mesh(config, stage.alone)):
+            counts = stage.build(config, plan.partial)
+    processes.barrier(f"{name} is built")
     seconds = time.perf_counter() - start
-    made = artifacts.finish(plan, {**counts, "seconds": round(seconds, 1)})
+    if processes.first():
+        artifacts.finish(plan, {**counts, "seconds": round(seconds, 1)})
+    if mirror:
+        # Even if there is one: it was damaged.
+        mirror.send(plan)
+        mirror.keep(plan)
+    processes.barrier(f"{name} is finished")
+    processes.wait_for(plan.folder / artifacts.MANIFEST)
     log.info("%s: done in %s: %s", name, clock(seconds), json.dumps(dict(counts)))
-    return made
+    return plan.folder
 
 
 def check_required(name: str, fields: tuple[str, ...], config: ConfigDict) -> None:
@@ -124,8 +162,10 @@ def field_fingerprint(config: ConfigDict, field: str) -> str:
     return fingerprint(existing(config, field))
 
 
-def mesh(config: ConfigDict) -> jax.sharding.Mesh:
-    """The mesh of a run."""
+def mesh(config: ConfigDict, alone: bool = False) -> jax.sharding.Mesh:
+    """The mesh of a run, or of work that one process does alone."""
+    if alone and processes.count() > 1:
+        return sharding.make_mesh(devices=jax.local_devices()[:1])
     return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
 

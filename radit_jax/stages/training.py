@@ -1,6 +1,7 @@
 """What both fine-tuning stages have around the training loop."""
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable
@@ -8,24 +9,25 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from radit_jax import optim
+from radit_jax import mirror, optim, processes, sharding
 from radit_jax.checkpoint import PARAMS, Checkpoints
-from radit_jax.data.counting import CountingBatches, report
+from radit_jax.data.counting import CountingBatches, Streams, report
 from radit_jax.loop import Schedule, TrainState, fit
 from radit_jax.stages.stage import section, settings_of
-from radit_jax.tracker import METRICS_FILE, Tracker, plot_curves
+from radit_jax.tracker import METRICS_FILE, NoTracker, Tracker, plot_curves
 
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
 
 SEEN_FILE = "seen.json"  # what a run was made of, by dataset
+
+# What goes where the checkpoints go, so that the curves go on with them.
+TRACKED = (METRICS_FILE, "tensorboard")
 
 # Settings of training that must be at least 1.
 COUNTS = ("rows", "validation_examples", "keep", *Schedule._fields)
@@ -40,7 +42,11 @@ class Metric(NamedTuple):
     def checkpoints(self, folder: Path, keep: int = 1) -> Checkpoints:
         """Those of a stage's folder."""
         return Checkpoints(
-            folder / "checkpoints", keep, self.name, self.higher_is_better
+            mirror.checkpoints_of(folder),
+            keep,
+            self.name,
+            self.higher_is_better,
+            before_save=functools.partial(mirror.push, folder, TRACKED),
         )
 
 
@@ -59,7 +65,7 @@ def train(
     seed: int,
     metric: Metric,
     make_step: Callable[[Any, Callable[[Array], Array]], Any],
-    batches: CountingBatches,
+    batches: CountingBatches | Streams,
     place: Callable[[Any], Any],
     validate: Callable[[Any], dict[str, float]],
     before_step: Callable[[int, Any], None] = lambda done, params: None,
@@ -86,35 +92,19 @@ def train(
     Raises:
         ValueError: an impossible schedule; and as ``fit``.
     """
+    mirror.pull(folder, TRACKED)
     with contextlib.closing(batches):
-        learning_rate = optim.schedule(
-            config.learning_rate,
-            config.end_learning_rate,
-            config.warmup_steps,
-            config.steps,
-            config.schedule,
-        )
-        tx = optim.optimizer(
-            learning_rate,
-            config.beta1,
-            config.beta2,
-            config.eps,
-            config.weight_decay,
-            config.clip_norm,
-        )
-        state = TrainState(
-            step=jnp.int32(0),
-            params=params,
-            opt_state=jax.jit(tx.init)(params),
-            rng=jax.random.key_data(jax.random.key(seed)),
+        tx, learning_rate = optimizer(config)
+        key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        state = initial_state(
+            params,
+            tx,
+            step=sharding.put(np.zeros((), np.int32), sharding.REPLICATED),
+            key_data=sharding.put(key_data, sharding.REPLICATED),
         )
         with (
             metric.checkpoints(folder, config.keep) as checkpoints,
-            Tracker(
-                folder,
-                resume_step=0 if checkpoints.latest is None else checkpoints.latest + 1,
-                wandb_project=config.wandb_project,
-            ) as tracker,
+            _tracker(config, folder, checkpoints.latest) as tracker,
         ):
             state = fit(
                 state,
@@ -128,20 +118,62 @@ def train(
                 before_step=before_step,
                 **rates,
             )
-            best = checkpoints.best
-    write_seen(folder / SEEN_FILE, batches)
-    plot_curves(folder / METRICS_FILE, folder / "curves.png")
+            best = processes.from_first(checkpoints.best)
+        seen = processes.united(batches.get_state())
+    if processes.first():
+        write_seen(folder / SEEN_FILE, batches, batches.counted(seen))
+        plot_curves(folder / METRICS_FILE, folder / "curves.png")
     assert best is not None
     return {"steps": int(state.step), "best_step": best}
 
 
-def write_seen(file: Path, batches: CountingBatches) -> None:
+def optimizer(config: ConfigDict) -> tuple[Any, Callable[[Array], Array]]:
+    """The optimizer of a stage's section, and its learning rate by step.
+
+    Raises:
+        ValueError: an impossible schedule.
+    """
+    learning_rate = optim.schedule(
+        config.learning_rate,
+        config.end_learning_rate,
+        config.warmup_steps,
+        config.steps,
+        config.schedule,
+    )
+    tx = optim.optimizer(
+        learning_rate,
+        config.beta1,
+        config.beta2,
+        config.eps,
+        config.weight_decay,
+        config.clip_norm,
+    )
+    return tx, learning_rate
+
+
+def initial_state(params: Any, tx: Any, step: Array, key_data: Array) -> TrainState:
+    """What training starts from; moments are sharded as their weights are."""
+    opt_state = jax.jit(tx.init)(params)
+    return TrainState(step=step, params=params, opt_state=opt_state, rng=key_data)
+
+
+def _tracker(
+    config: ConfigDict, folder: Path, restored: int | None
+) -> Tracker | NoTracker:
+    """Of several processes the first one keeps the metrics, which are those of all."""
+    if not processes.first():
+        return NoTracker()
+    return Tracker(
+        folder,
+        resume_step=0 if restored is None else restored + 1,
+        wandb_project=config.wandb_project,
+    )
+
+
+def write_seen(
+    file: Path, batches: CountingBatches | Streams, counts: np.ndarray
+) -> None:
     """What a run was made of, all processes together: as JSON, and in the log."""
-    counts = batches.counts
-    if jax.process_count() > 1:
-        # As pairs of 32 bits: jax would cut an int64 short.
-        parts = multihost_utils.process_allgather(counts.view(np.uint32))
-        counts = np.asarray(parts, np.uint32).view(np.int64).sum(axis=0)
     seen = report(batches.names, batches.columns, counts)
     file.write_text(json.dumps(seen, indent=2) + "\n")
     for name, row in seen.items():
@@ -165,7 +197,7 @@ def load_checkpoint(
     """
     shape = jax.eval_shape(lambda: build(jax.random.key(0)))
     with metric.checkpoints(folder) as checkpoints:
-        step = checkpoints.latest if last else checkpoints.best
+        step = processes.from_first(checkpoints.latest if last else checkpoints.best)
         if step is None:
             raise ValueError(f"{checkpoints.folder}: no checkpoint")
         return checkpoints.restore(step, {PARAMS: shape})[PARAMS]
