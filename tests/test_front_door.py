@@ -510,6 +510,8 @@ def test_bad_models_are_an_error_in_a_line(door, workdir, lm, spoil, words):
     ("fields", "words"),
     [
         ({"dtype": "float61"}, r"dtype = 'float61' is not one of auto, float32"),
+        ({"attention": "splash"}, r"splash cannot run: it runs on tpu only, .* is cpu"),
+        ({"attention": "flash"}, r"'flash' is not one of auto, xla, splash, cudnn"),
         ({"mesh.tensor": 3}, r"\(1, 1, 3\) needs 3 devices, there are 1"),
         ({"lm_ft.warmup_steps": 6}, r"warmup_steps = 6 must be .* less than steps = 6"),
         ({"lm_ft.schedule": "flat"}, r"'flat' is not one of"),

@@ -216,6 +216,23 @@ def test_rows_that_do_not_divide_are_refused(retrieved, tiny_config):
         lm_ft.prepare_data(config, tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("Radeon", 0.0),
+    ],
+)
+def test_a_chip_is_known_by_the_beginning_of_its_name(kind, flops):
+    assert hardware.data_sheet(kind) == flops
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_the_speed_of_a_cpu_is_measured_on_any_mesh(sizes):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
@@ -271,7 +288,13 @@ def test_a_run_goes_on_on_another_mesh(workdir, tmp_path, tiny_config, monkeypat
     config = tiny_config(workdir)
     other = tiny_config(shutil.copytree(workdir, tmp_path / "other"))
     expected = curves(run("lm_ft", lm_ft.STAGE, config))
-    place, seen = lm_ft.place, []
+    place, seen, streams = lm_ft.place, [], []
+
+    def spied(*arguments, make=lm_ft.make_step, **how):
+        streams.append(how["stream"])
+        return make(*arguments, **how)
+
+    monkeypatch.setattr(lm_ft, "make_step", spied)
 
     def unplugged(batch):
         seen.append(batch)
@@ -283,8 +306,9 @@ def test_a_run_goes_on_on_another_mesh(workdir, tmp_path, tiny_config, monkeypat
         patch.setattr(lm_ft, "place", unplugged)
         with pytest.raises(PulledPlugError):
             run("lm_ft", lm_ft.STAGE, other)
-    other.mesh.update(data=2, fsdp=2, tensor=2)
+    other.mesh.update(data=2, fsdp=2, tensor=2, sequence=True)
     found = curves(run("lm_ft", lm_ft.STAGE, other))
+    assert streams == [sharding.ACT_BLD, sharding.SEQUENCE_BLD]
     assert [row.keys() for row in found] == [row.keys() for row in expected]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)

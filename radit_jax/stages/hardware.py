@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from radit_jax import sharding
 
-# Dense bf16 FLOP/s of one chip, from the vendors' data sheets.
+# Dense bf16 FLOP/s of one chip, from the vendors' data sheets; the longest name that a
+# device's own begins with counts.
 PEAK_BF16 = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -18,7 +19,13 @@ PEAK_BF16 = {
     "TPU v6e": 918e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L40S": 362e12,
 }
 
 
@@ -33,9 +40,13 @@ def peak_flops(dtype: jnp.dtype) -> float:
     if device.platform == "cpu":
         # Fake devices share the cores of one host.
         return measured_matmul(dtype)
-    kinds = sorted(PEAK_BF16, key=len, reverse=True)
-    kind = next((k for k in kinds if device.device_kind.startswith(k)), None)
-    return mesh.size * PEAK_BF16[kind] if kind else 0.0
+    return mesh.size * data_sheet(device.device_kind)
+
+
+def data_sheet(kind: str) -> float:
+    """Dense bf16 FLOP/s of a chip by the name that JAX gives it; 0: not known."""
+    known = sorted(filter(kind.startswith, PEAK_BF16), key=len)
+    return PEAK_BF16[known[-1]] if known else 0.0
 
 
 def measured_matmul(dtype: jnp.dtype, size: int = 2048, repeats: int = 5) -> float:
