@@ -89,6 +89,8 @@ def base(stage: str, variant: str) -> ConfigDict:
             "heartbeat_seconds": 60,
         }
     )
+    # Whether training splits what it keeps between layers over tensor, too, by tokens.
+    c.mesh.sequence = False
     c.data = ConfigDict()
     # Datasets, separated by commas: a question file (JSONL), the name of a published
     # dataset (docs/data.md), which lies below ``root``, or NAME=PATH.

@@ -26,6 +26,9 @@ ROWS_BLX = jax.P(ROWS, None, None)
 # Of micro-batches, one after the other.
 PARTS_BL = jax.P(None, ROWS, None)
 ACT_BLD = jax.P(ROWS, None, None)
+# The same between layers, tokens split over the devices of a row (Korthikanti et al.
+# 2022, section 4.2.2): what norms and residuals keep is divided by the tensor axis.
+SEQUENCE_BLD = jax.P(ROWS, TENSOR, None)
 LOGITS_BLV = jax.P(ROWS, None, TENSOR)
 
 # Weights: FSDP splits the model width, TENSOR splits heads, MLP width, vocabulary.
@@ -112,6 +115,22 @@ def make_mesh(
 def without_fsdp(spec: jax.P) -> jax.P:
     """The spec of a weight once it is gathered for use."""
     return jax.P(*(None if axis == FSDP else axis for axis in spec))
+
+
+def stream_spec(sequence: bool, tokens: int) -> jax.P:
+    """How activations [B, L, D] are kept between layers.
+
+    Args:
+        sequence: the setting ``mesh.sequence``.
+        tokens: L.
+
+    Raises:
+        ValueError: tokens do not divide over the tensor axis.
+    """
+    if not sequence:
+        return ACT_BLD
+    check_divides("with mesh.sequence, tokens of a row", tokens)
+    return SEQUENCE_BLD
 
 
 def kv_head_spec(heads: int) -> jax.P:

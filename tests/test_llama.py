@@ -1,6 +1,7 @@
 """Llama against transformers, module by module, and against itself on every mesh."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -414,17 +415,18 @@ def batch():
     ]
 
 
-def loss_and_gradient(model, batch, remat="none"):
+def loss_and_gradient(model, batch, remat="none", stream=sharding.ACT_BLD):
     tokens_BL, segments_BL, positions_BL, targets_BL = batch
 
     def loss(model):
-        h_BLD = model.hidden(tokens_BL, Layout(segments_BL, positions_BL), remat=remat)
+        layout = Layout(segments_BL, positions_BL)
+        h_BLD = model.hidden(tokens_BL, layout, remat=remat, stream=stream)
         return -losses.token_log_probabilities(model.logits(h_BLD), targets_BL).mean()
 
     return jax.value_and_grad(loss)(model)
 
 
-run = jax.jit(loss_and_gradient, static_argnums=2, compiler_options=FAST)
+run = jax.jit(loss_and_gradient, static_argnums=(2, 3), compiler_options=FAST)
 
 
 @pytest.fixture(scope="module")
@@ -450,6 +452,28 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(reference, expected, size
         ):
             assert moment.sharding == weight.sharding
         jax.tree.map(lambda a, b: close(a, b, 1e-5), found, expected)
+
+
+@pytest.mark.parametrize("remat", ["none", "mlp"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 4), (2, 2, 2)], ids=str)
+def test_tokens_split_between_layers_change_nothing(reference, expected, sizes, remat):
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        model = ours(reference)
+        found = run(model, batch(), remat, sharding.stream_spec(True, 12))
+        for weight, moment in zip(
+            jax.tree.leaves(model), jax.tree.leaves(found[1]), strict=True
+        ):
+            assert moment.sharding == weight.sharding
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), found, expected)
+
+
+@pytest.mark.parametrize(("sequence", "tokens"), [(False, "12"), (True, "12@tensor")])
+def test_what_is_kept_between_layers_is_split_by_tokens(reference, sequence, tokens):
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        stream = sharding.stream_spec(sequence, 12)
+        step = functools.partial(loss_and_gradient, remat="full", stream=stream)
+        program = str(jax.make_jaxpr(step)(ours(reference), batch()))
+        assert f"f32[2,8@(data,fsdp),{tokens},32]" in program  # of both layers
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2)], ids=str)

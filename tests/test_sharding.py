@@ -76,3 +76,12 @@ def test_key_value_heads_that_do_not_divide_are_kept_whole():
     assert whole == jax.P("fsdp", None, None)
     assert split == jax.P("fsdp", "tensor", None)
     assert sharding.without_fsdp(split) == jax.P(None, "tensor", None)
+
+
+def test_tokens_between_layers_are_split_where_they_divide():
+    with jax.set_mesh(sharding.make_mesh(1, 2, 4)):
+        assert sharding.stream_spec(False, 6) == sharding.ACT_BLD
+        assert sharding.stream_spec(True, 8) == jax.P(("data", "fsdp"), "tensor", None)
+        words = r"mesh.sequence, tokens of a row = 6 .* tensor = 4; .* works is 3"
+        with pytest.raises(ValueError, match=words):
+            sharding.stream_spec(True, 6)

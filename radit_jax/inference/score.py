@@ -24,6 +24,7 @@ def target_log_probabilities(
     dtype: DTypeLike = jnp.float32,
     remat: str = "none",
     kernel: Kernel = XLA,
+    stream: jax.P = sharding.ACT_BLD,
 ) -> Float[Array, "B T"]:
     """Log-probability (nats) of the token that follows each site, in float32.
 
@@ -37,9 +38,10 @@ def target_log_probabilities(
         dtype: of compute.
         remat: as of ``Llama.hidden``.
         kernel: of attention.
+        stream: as of ``Llama.hidden``.
     """
     layout = Layout(batch.segment_ids_BL, batch.positions_BL, prefix_ids_BL)
-    hidden_BLD = model.hidden(batch.tokens_BL, layout, dtype, remat, kernel)
+    hidden_BLD = model.hidden(batch.tokens_BL, layout, dtype, remat, kernel, stream)
     hidden_BTD = pick(hidden_BLD, batch.sites_BT)
     logits = (*batch.sites_BT.shape, model.config.vocab_size)
     if 4 * sharding.local_size(logits, sharding.LOGITS_BLV) <= LOGITS_BYTES:

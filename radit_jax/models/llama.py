@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import reshard
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -91,6 +92,7 @@ class Block(nnx.Module):
     ) -> tuple[Array, Array, Array]:
         """Rotated queries [B, L, H, K] and keys [B, G, L, K], and values like keys."""
         h = rms_norm(x_BLD, self.attention_norm[...], eps)
+        h = reshard(h, sharding.ACT_BLD)
         with jax.named_scope("qkv"):
             q = linear(h, use(self.w_q, h.dtype))
             k = linear(h, use(self.w_k, h.dtype))
@@ -100,14 +102,17 @@ class Block(nnx.Module):
 
     def finish(self, x_BLD: Array, mixed_BLHK: Array, eps: float) -> Array:
         """Output projection, residual and MLP."""
+        stream = jax.typeof(x_BLD).sharding.spec
         with jax.named_scope("out"):
-            x_BLD = x_BLD + linear(mixed_BLHK, use(self.w_o, x_BLD.dtype), contract=2)
+            mixed_BLD = linear(mixed_BLHK, use(self.w_o, x_BLD.dtype), contract=2)
+            x_BLD = x_BLD + reshard(mixed_BLD, stream)
             x_BLD = checkpoint_name(x_BLD, MIDDLE)
-        h = rms_norm(x_BLD, self.mlp_norm[...], eps)
+        h = reshard(rms_norm(x_BLD, self.mlp_norm[...], eps), sharding.ACT_BLD)
         with jax.named_scope("mlp"):
             gate = linear(h, use(self.w_gate, h.dtype))
             up = linear(h, use(self.w_up, h.dtype))
-            return x_BLD + linear(jax.nn.silu(gate) * up, use(self.w_down, h.dtype))
+            down = linear(jax.nn.silu(gate) * up, use(self.w_down, h.dtype))
+            return x_BLD + reshard(down, stream)
 
 
 class Llama(nnx.Module):
@@ -148,6 +153,7 @@ class Llama(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         kernel: Kernel = XLA,
+        stream: jax.P = sharding.ACT_BLD,
     ) -> Float[Array, "B L D"]:
         """Final hidden states of packed or padded rows, normed and ready for the head.
 
@@ -157,8 +163,10 @@ class Llama(nnx.Module):
             dtype: compute dtype; weights stay float32 masters.
             remat: one of REMAT_POLICIES.
             kernel: of attention.
+            stream: of activations between layers, see ``sharding.stream_spec``.
         """
-        return self._read(tokens_BL, layout, dtype, remat, kernel, keep=False)[0]
+        found = self._read(tokens_BL, layout, dtype, remat, kernel, stream, keep=False)
+        return found[0]
 
     def _read(
         self,
@@ -167,6 +175,7 @@ class Llama(nnx.Module):
         dtype: DTypeLike,
         remat: str,
         kernel: Kernel,
+        stream: jax.P,
         keep: bool,
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Hidden states, and each layer's keys and values [S, B, G, L, K] if kept."""
@@ -183,8 +192,10 @@ class Llama(nnx.Module):
 
         if remat != "none":
             step = jax.checkpoint(step, policy=REMAT_POLICIES[remat])
-        x_BLD, kept = jax.lax.scan(step, self.embed(tokens_BL, dtype), self.layers)
-        return rms_norm(x_BLD, self.final_norm[...], config.norm_eps), kept
+        x_BLD = reshard(self.embed(tokens_BL, dtype), stream)
+        x_BLD, kept = jax.lax.scan(step, x_BLD, self.layers)
+        hidden_BLD = rms_norm(x_BLD, self.final_norm[...], config.norm_eps)
+        return reshard(hidden_BLD, sharding.ACT_BLD), kept
 
     @property
     def output_head(self) -> Float[Array, "V D"]:
@@ -216,7 +227,7 @@ class Llama(nnx.Module):
             row, of which the first L are written.
         """
         hidden_BLD, kept = self._read(
-            tokens_BL, layout, dtype, "none", kernel, keep=True
+            tokens_BL, layout, dtype, "none", kernel, sharding.ACT_BLD, keep=True
         )
         assert kept is not None
         more = length - tokens_BL.shape[1]

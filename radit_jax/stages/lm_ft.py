@@ -70,12 +70,24 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
 
 
 def answer_loss(
-    model: Llama, batch: Packed, dtype: jnp.dtype, remat: str, kernel: Kernel = XLA
+    model: Llama,
+    batch: Packed,
+    dtype: jnp.dtype,
+    remat: str,
+    kernel: Kernel = XLA,
+    stream: jax.P = sharding.ACT_BLD,
 ) -> dict[str, Float[Array, ""]]:
-    """Summed negative log-likelihood of a batch's targets, and their number."""
-    log_BT = target_log_probabilities(
-        model, batch, dtype=dtype, remat=remat, kernel=kernel
-    )
+    """Summed negative log-likelihood of a batch's targets, and their number.
+
+    Args:
+        model: on the current mesh.
+        batch: packed rows.
+        dtype: of compute.
+        remat: as of ``Llama.hidden``.
+        kernel: of attention.
+        stream: as of ``Llama.hidden``.
+    """
+    log_BT = target_log_probabilities(model, batch, None, dtype, remat, kernel, stream)
     return {
         "nll": -jnp.sum(log_BT * batch.weights_BT),
         "targets": jnp.sum(batch.weights_BT),
@@ -89,12 +101,22 @@ def make_step(
     dtype: jnp.dtype,
     remat: str,
     kernel: Kernel = XLA,
+    stream: jax.P = sharding.ACT_BLD,
 ) -> Callable[[TrainState, Packed], tuple[TrainState, dict[str, Array]]]:
-    """The jitted optimizer step; a batch's arrays are [micro-batches, rows, ...]."""
+    """The jitted optimizer step; a batch's arrays are [micro-batches, rows, ...].
+
+    Args:
+        tx: the optimizer.
+        learning_rate: of a step, for the log.
+        dtype: of compute.
+        remat: as of ``Llama.hidden``.
+        kernel: of attention.
+        stream: as of ``Llama.hidden``.
+    """
 
     def gradient(model: Llama, part: Packed) -> tuple[dict[str, Array], Llama]:
         def loss(model: Llama) -> tuple[Array, dict[str, Array]]:
-            sums = answer_loss(model, part, dtype, remat, kernel)
+            sums = answer_loss(model, part, dtype, remat, kernel, stream)
             return sums["nll"], sums
 
         (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(model)
@@ -288,6 +310,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     check_settings(lm_ft)
     tokenizer = load_tokenizer(lm_folder(config))
     dtype = compute_dtype(config)
+    stream = sharding.stream_spec(config.mesh.sequence, lm_ft.row_tokens)
     kernel = attention_kernel(config, read_llama_config(lm_folder(config)).head_size)
     batches, fixed = prepare_data(config, tokenizer)
     model = load_llama(lm_folder(config))
@@ -311,7 +334,9 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         model,
         config.seed,
         METRIC,
-        functools.partial(make_step, dtype=dtype, remat=lm_ft.remat, kernel=kernel),
+        functools.partial(
+            make_step, dtype=dtype, remat=lm_ft.remat, kernel=kernel, stream=stream
+        ),
         batches,
         place,
         validation(fixed, dtype, kernel),
