@@ -3,6 +3,7 @@
 import shutil
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -73,12 +74,26 @@ def test_exact_compiles_two_programs_per_k(tmp_path, mesh):
     exact = index.ExactIndex(
         write_embeddings(passages_NE, tmp_path), mesh, block_size=16
     )
-    index._exact_search.clear_cache()
+    index.exact_search.clear_cache()
     whole = exact.search(queries_BE, 3)
     for rows in (1, 5, 8, 9, 40):
         part = exact.search(queries_BE[:rows], 3)
         np.testing.assert_array_equal(part.ids, whole.ids[:rows])
-    assert index._exact_search._cache_size() == 2
+    assert index.exact_search._cache_size() == 2
+
+
+def test_exact_in_bfloat16_rounds_the_passages_alone(tmp_path):
+    rng = np.random.default_rng(4)
+    passages_NE = (20 + 0.5 * rng.standard_normal((300, 64))).astype(np.float32)
+    queries_BE = (0.3 + 0.01 * rng.standard_normal((4, 64))).astype(np.float32)
+    store = write_embeddings(passages_NE, tmp_path)
+    found = index.ExactIndex(store, sharding.make_mesh(8), dtype=jnp.bfloat16).search(
+        queries_BE, 10
+    )
+    rounded_NE = np.asarray(jnp.asarray(passages_NE, jnp.bfloat16), np.float32)
+    ids, scores = oracle(rounded_NE, queries_BE, 10)
+    np.testing.assert_array_equal(found.ids, ids)
+    np.testing.assert_allclose(found.scores, scores, atol=1e-3)
 
 
 def test_score_matrix_is_bounded(tmp_path, mesh, monkeypatch):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Int64
 
 from radit_jax import processes, sharding
@@ -118,7 +119,8 @@ class Built(NamedTuple):
 class ExactIndex:
     """Every score is computed, on the mesh; each device holds its share of the rows.
 
-    Device memory is ``4 * N * E / devices`` bytes, and at most 512 MiB of scores.
+    Device memory is ``4 * N * E / devices`` bytes, half of it in bfloat16, and at most
+    512 MiB of scores.
 
     Args:
         embeddings: the passages; each device's rows are read straight from disk.
@@ -127,6 +129,8 @@ class ExactIndex:
         recall_target: if given, ``jax.lax.approx_max_k`` picks each device's best, with
             this expected recall, at the speed of the matmul on a TPU. None is exact;
             so is ``approx_max_k`` on other backends.
+        dtype: of the passages on the devices; scores of float32 queries with passages
+            rounded to bfloat16 are exact but for that rounding.
     """
 
     def __init__(
@@ -136,6 +140,7 @@ class ExactIndex:
         *,
         block_size: int = 128,
         recall_target: float | None = None,
+        dtype: DTypeLike = np.float32,
     ):
         if recall_target is not None and not 0 < recall_target <= 1:
             raise ValueError(f"recall_target must be in (0, 1], got {recall_target}")
@@ -146,14 +151,16 @@ class ExactIndex:
         self._mesh = mesh
         self._recall_target = recall_target
         rows = -(-self.size // mesh.size)
-        self._block = max(min(block_size, MAX_SCORES // rows), 1)
+        fused = recall_target is not None and mesh.devices.flat[0].platform == "tpu"
+        self._block = block_of(block_size, rows, fused)
 
         def read(index: tuple[slice, ...] | None) -> np.ndarray:
             assert index is not None
             start, stop, _ = index[0].indices(rows * mesh.size)
             found = embeddings.rows(start, stop)
             padding = stop - start - len(found)
-            return np.pad(found, ((0, padding), (0, 0))) if padding else found
+            found = np.pad(found, ((0, padding), (0, 0))) if padding else found
+            return found.astype(dtype, copy=False)
 
         self._embeddings_NE = jax.make_array_from_callback(
             (rows * mesh.size, self.width),
@@ -173,7 +180,7 @@ class ExactIndex:
                 rows = queries_BE[start : start + block]
                 padded_BE = np.zeros((block, self.width), np.float32)
                 padded_BE[: len(rows)] = rows
-                scores_BC, ids_BC = _exact_search(
+                scores_BC, ids_BC = exact_search(
                     sharding.put(padded_BE, sharding.REPLICATED),
                     self._embeddings_NE,
                     k=best,
@@ -186,8 +193,20 @@ class ExactIndex:
         return found
 
 
+def block_of(block_size: int, rows: int, fused: bool) -> int:
+    """Queries that are searched for at once.
+
+    Args:
+        block_size: the most.
+        rows: passages that a device holds.
+        fused: the best are picked as scores are made, as a TPU does ``approx_max_k``;
+            so that no scores are kept.
+    """
+    return block_size if fused else max(min(block_size, MAX_SCORES // rows), 1)
+
+
 @functools.partial(jax.jit, static_argnames=("k", "size", "recall_target"))
-def _exact_search(
+def exact_search(
     queries_BE: Float[Array, "B E"],
     embeddings_NE: Float[Array, "N E"],
     *,
@@ -201,8 +220,12 @@ def _exact_search(
         rows = len(embeddings_NE)
         first = jax.lax.axis_index(sharding.AXES) * rows
         # HIGHEST keeps TPUs from bfloat16 and GPUs from TF32.
-        scores_BN = jnp.einsum(
-            "BE,NE->BN", queries_BE, embeddings_NE, precision=jax.lax.Precision.HIGHEST
+        scores_BN = jax.lax.dot_general(
+            queries_BE,
+            embeddings_NE,
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
         )
         # Rows past the end only fill the last devices up.
         is_passage_N = first + jnp.arange(rows) < size
