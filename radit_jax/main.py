@@ -62,27 +62,32 @@ def main(argv: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         # The user's to mend: the message says what. --config.debug shows where.
         if config.debug:
-            leave(error)
+            leave_all(error)
             raise
         print(f"error: {error}", file=sys.stderr)
-        leave(error)
+        leave_all(error, shown=True)
         sys.exit(1)
     except JaxRuntimeError as error:
         if processes.count() > 1:
             logging.error("an operation between processes failed: %s", error)
             processes.await_verdict()
-        leave(error)
+        leave_all(error)
         raise
     except BaseException as error:
-        leave(error)
+        leave_all(error)
         raise
 
 
-def leave(error: BaseException) -> None:
-    """Where there are several processes: tell the others of an error, and end."""
+def leave_all(error: BaseException, shown: bool = False) -> None:
+    """Where there are several processes: tell the others of an error, and end.
+
+    Args:
+        error: is told.
+        shown: whether the user of this process has seen it.
+    """
     if processes.count() == 1:
         return
-    if not isinstance(error, ValueError | OSError):
+    if not shown:
         traceback.print_exception(error)
     processes.fail(str(error) or type(error).__name__)
     sys.stdout.flush()

@@ -18,14 +18,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file
 
 from radit_jax import processes, sharding
 from radit_jax.data.candidates import CandidateBatches, Questions
-from radit_jax.models import huggingface, safetensors
+from radit_jax.models import huggingface
+from radit_jax.models.llama import Llama
 from radit_jax.stages import lm_ft
 from radit_jax.stages.stage import run
+from radit_jax.stages.training import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 INTERRUPTED, PEER_FAILED = 75, 76
@@ -279,8 +280,9 @@ def test_two_processes_export_what_one_exports(chains, tiny_config):
         assert ours.keys() == theirs.keys() == came.keys()
         for key, array in ours.items():
             np.testing.assert_allclose(array, theirs[key], atol=1e-5)
-        # What came was trained.
-        assert max(np.abs(ours[key] - came[key]).max() for key in came) > 1e-4
+        # What came was trained; the best retriever may be the one that came.
+        if name == "lm":
+            assert max(np.abs(ours[key] - came[key]).max() for key in came) > 1e-4
     # It is the best checkpoint, and this package reads it as its own.
     with jax.set_mesh(sharding.make_mesh(1, 8, 1)):
         best = lm_ft.load_finetuned(tiny_config(one))
@@ -334,7 +336,7 @@ def test_four_processes_two_of_which_share_rows(chains, group, tmp_path):
     assert seen == (work / "lm_ft" / "seen.json").read_text()
 
 
-LONG = {"lm_ft.steps": 60, "lm_ft.save_every": 4, "lm_ft.validate_every": 30}
+LONG = {"lm_ft.steps": 30, "lm_ft.save_every": 4, "lm_ft.validate_every": 15}
 
 
 @pytest.fixture(scope="module")
@@ -363,12 +365,14 @@ def checkpoints(work):
     return sorted(int(f.name) for f in folders if f.name.isdigit())
 
 
-def same_weights(folder, other):
-    """Of the newest checkpoints, as they are stored."""
-    found = [
-        ocp.load_checkpointables(one / "checkpoints" / "60")["params"]
-        for one in (folder, other)
-    ]
+def same_weights(folder, other, lm):
+    """Of the newest checkpoints, whoever wrote them."""
+    shape = huggingface.read_llama_config(lm)
+    with jax.set_mesh(sharding.make_mesh(1, 8, 1)):
+        found = [
+            load_checkpoint(one, lm_ft.METRIC, lambda key: Llama(shape, key), last=True)
+            for one in (folder, other)
+        ]
     for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), atol=1e-5)
 
@@ -390,13 +394,13 @@ def test_a_killed_process_ends_the_others_and_one_alone_goes_on(
     assert "process 1" in two.said(0), two.everything()
     assert "is gone" in two.said(0), two.everything()
     newest = checkpoints(work)[-1]
-    assert 4 <= newest < 60
+    assert 4 <= newest < 30
     config = tiny_config(work, **LONG, **{"mesh.fsdp": 8})
     resumed = run("lm_ft", lm_ft.STAGE, config)
     same_metrics(uninterrupted, resumed)
     seen = (uninterrupted / "seen.json").read_text()
     assert seen == (resumed / "seen.json").read_text()
-    same_weights(uninterrupted, resumed)
+    same_weights(uninterrupted, resumed, config.lm)
 
 
 def test_a_signal_to_one_process_stops_all_and_four_go_on(
@@ -411,13 +415,13 @@ def test_a_signal_to_one_process_stops_all_and_four_go_on(
     for process in range(2):
         assert "stopped by a signal at step" in two.said(process)
     newest = checkpoints(work)[-1]
-    assert f"at step {newest} of 60" in two.said(0)
-    assert newest < 60
+    assert f"at step {newest} of 30" in two.said(0)
+    assert newest < 30
     with group(tmp_path / "four", 4, 1, workdir=work, **fields) as four:
         four.succeed()
     assert f"going on from step {newest}" in four.said(0)
     same_metrics(uninterrupted, work / "lm_ft")
-    same_weights(uninterrupted, work / "lm_ft")
+    same_weights(uninterrupted, work / "lm_ft", work / "inputs" / "lm")
 
 
 def refused(group, words):
@@ -437,20 +441,24 @@ def test_other_settings_on_one_process_are_told_to_all(group, tmp_path):
 
 
 def test_other_data_on_one_process_is_told_to_all(chains, group, tmp_path):
-    work = copied(chains[0], tmp_path / "work", *START[:3])
+    """Before the first stage, though a later one reads it."""
+    work = copied(chains[0], tmp_path / "work", *START[:2])
     hosts = [tmp_path / "host0", tmp_path / "host1"]
     for host in hosts:
         host.mkdir()
         shutil.copy(work / "inputs" / "train.jsonl", host / "train.jsonl")
     with (hosts[1] / "train.jsonl").open("a") as file:
         file.write('{"id": "x", "question": "Who?", "answers": ["me"]}\n')
-    fields = {"data.train": "train.jsonl", "cwds": hosts}
-    with group(tmp_path, 2, 1, recipe="retrieve", **fields, **{"mesh.data": 2}) as two:
-        refused(
-            two,
-            ["stage retrieve: processes differ. settings.files.train.train is "],
-        )
+    fields = {
+        "data.train": "train.jsonl",
+        "mesh.data": 2,
+        "stages": ("corpus", "index", "retrieve"),
+        "corpus.documents": work / "inputs" / "documents.jsonl",
+    }
+    with group(tmp_path, 2, 1, cwds=hosts, **fields) as two:
+        refused(two, ["inputs: processes differ. retrieve.files.train.train is "])
         assert "on process 1 (" in two.said(0)
+    assert not (work / "index").exists()
 
 
 def test_a_mesh_without_room_for_all_devices_is_told(group, tmp_path):
@@ -522,14 +530,19 @@ def test_an_error_of_one_process_ends_all_with_its_words(group, tmp_path, failin
 def read_and_write(lm, out):
     """Load a model onto a mesh of two processes, count, and write it."""
     processes.start(processes.Settings(start_seconds=60))
-    real, read = safetensors.Parts.__getitem__, []
+    read = []
 
-    def counting(self, cut):
-        part = real(self, cut)
-        read.append(part.nbytes)
-        return part
+    def counting(real, size):
+        def counted(*args):
+            found = real(*args)
+            read.append(size(found))
+            return found
 
-    safetensors.Parts.__getitem__ = counting
+        return counted
+
+    # The two ways in which bytes of arrays come from a file.
+    os.preadv = counting(os.preadv, int)
+    np.fromfile = counting(np.fromfile, lambda array: array.nbytes)
     with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
         model = huggingface.load_llama(lm)
         arrays = jax.tree.leaves(model)

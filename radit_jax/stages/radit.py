@@ -44,7 +44,8 @@ def run_chain(config: ConfigDict) -> None:
             set; nothing runs then.
         ValueError: the mesh does not fit the devices.
         FileNotFoundError: a file or folder that any of them needs is not there.
-        ValueError: an encoder that normalises, without a temperature of its scores.
+        ValueError: an encoder that normalises, without a temperature of its scores; or
+            processes with different files.
     """
     unknown = [name for name in config.stages if name not in STAGES]
     if unknown:
@@ -60,6 +61,9 @@ def run_chain(config: ConfigDict) -> None:
                 existing(config, field)
         for name in config.stages:
             STAGES[name].check(config)
+        if processes.count() > 1:
+            found = {name: STAGES[name].settings(config) for name in config.stages}
+            processes.check_same("inputs", found)
     for name in config.stages:
         run(name, STAGES[name], config)
     workdir = Path(config.workdir)
