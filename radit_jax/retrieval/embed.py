@@ -165,12 +165,24 @@ class EmbeddingStore:
         return rows
 
 
+class Rows(Protocol):
+    """An array, or anything that gives its rows by slices."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Float[np.ndarray, "n E"]:
+        """Some rows."""
+        ...
+
+
 def write_embeddings(
-    embeddings_NE: Float[np.ndarray, "N E"],
+    embeddings_NE: Rows,
     folder: str | os.PathLike[str],
     shard_size: int = 16384,
 ) -> EmbeddingStore:
-    """Writes embeddings that are already in memory as a store, and opens it."""
+    """Writes embeddings that are already there as a store, and opens it."""
     folder = Path(folder)
     _start_layout(folder, len(embeddings_NE), shard_size)
     for shard, (start, stop) in enumerate(

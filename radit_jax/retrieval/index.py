@@ -492,6 +492,13 @@ def _shard_folder(folder: Path, shard: int, shards: int) -> Path:
 def _best(ids_BC: np.ndarray, scores_BC: np.ndarray, k: int) -> Retrieved:
     """The best ``k``, sorted, ties by the lower id, filled up where there are fewer."""
     found = _nothing(len(ids_BC), k)
+    if scores_BC.shape[1] > k:
+        # Only those as good as the k-th are sorted.
+        least_B1 = np.partition(scores_BC, -k, axis=1)[:, -k, None]
+        most = int((scores_BC >= least_B1).sum(axis=1).max())
+        at_BC = np.argpartition(scores_BC, -most, axis=1)[:, -most:]
+        ids_BC = np.take_along_axis(ids_BC, at_BC, axis=1)
+        scores_BC = np.take_along_axis(scores_BC, at_BC, axis=1)
     order_BC = np.lexsort((ids_BC, -scores_BC), axis=-1)[:, :k]
     best = order_BC.shape[1]
     found.ids[:, :best] = np.take_along_axis(ids_BC, order_BC, axis=1)
