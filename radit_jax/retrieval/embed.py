@@ -165,6 +165,7 @@ class EmbeddingStore:
         return rows
 
 
+@runtime_checkable
 class Rows(Protocol):
     """An array, or anything that gives its rows by slices."""
 
