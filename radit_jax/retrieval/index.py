@@ -468,6 +468,7 @@ def _build_shard(
     searcher = builder.build()
     del builder, first_NE
     if structure != "brute_force":
+        searcher.set_num_threads(settings.threads)
         # The sample's places are taken by the first rows, the others are new.
         for row in range(0, size, READ_ROWS):
             rows_NE = embeddings.rows(start + row, min(start + row + READ_ROWS, stop))
