@@ -4,8 +4,9 @@
 
 Every phase of every size is a process of its own: the vectors are drawn and written as
 the index stage would, the exact index is loaded and searched, ScaNN is built, ScaNN is
-searched. Needs 3.5 GB of disk in --folder and 4 GB of memory per million passages. Results are added to --results; a phase whose result is there is not run
-again, so a long run can be cut.
+searched. Needs 3.5 GB of disk in --folder and 4 GB of memory per million passages.
+Results are added to --results; a phase whose result is there is not run again, so a
+long run can be cut.
 
 Vectors are 768 wide. Like those of a text encoder they lie in clusters of clusters and
 use few directions: a document has about 12 passages (log-normal), a topic about 30
