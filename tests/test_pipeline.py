@@ -388,7 +388,7 @@ def test_shapes_are_micro_batches_of_rows():
 
 def test_rows_that_do_not_divide_name_the_nearest_number():
     with pytest.raises(
-        ValueError, match=r"rows = 10 .* 2 processes x 4 .*nearest multiple is 8"
+        ValueError, match=r"rows = 10 .* 2 streams x 4 .*nearest multiple is 8"
     ):
         training_batches(
             [dataset("a", 3)],
