@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +233,50 @@ def test_rotation_equals_transformers(kind):
         pt(q_BLHK).transpose(1, 2), torch.zeros(2, 8, 5, 6), cos, sin
     )
     close(layers.rotate(q_BLHK, tables), expected.transpose(1, 2), 1e-5)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_embeddings_are_rows_of_the_table(sizes):
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        model = ours(published())
+        tokens_BL = tokens(8, 9)
+        found = jax.jit(Llama.embed, static_argnums=2)(
+            model, sharding.put_rows(tokens_BL), jnp.float32
+        )
+        assert found.sharding.spec == sharding.ACT_BLD
+        np.testing.assert_array_equal(
+            found, np.asarray(model.embedding[...])[tokens_BL]
+        )
+
+
+@pytest.mark.parametrize("wrong", [-1, 64, 10**6])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_a_token_beyond_the_vocabulary_is_not_a_number(sizes, wrong):
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        model = ours(published())
+        tokens_BL = tokens(8, 3)
+        tokens_BL[1, 2] = wrong
+        found = np.asarray(model.embed(sharding.put_rows(tokens_BL), jnp.float32))
+    assert np.isnan(found[1, 2]).all()
+    assert np.isnan(found).sum() == CONFIG.width
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_the_gradient_of_a_frequent_word_adds_up_in_float32(sizes):
+    """In bfloat16 a sum of ones ends at 256 (but not on a CPU, which sums in float32
+    whatever it is told)."""
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        model = ours(published())
+        ids_BL = sharding.put_rows(np.full((8, 1000), 40, np.int32))
+
+        def total(model):
+            return model.embed(ids_BL, jnp.bfloat16).astype(jnp.float32).sum()
+
+        program = str(jax.make_jaxpr(jax.grad(total))(model))
+        found = np.asarray(jax.jit(jax.grad(total))(model).embedding[...])
+    assert re.findall(r"(\w+)\[[^=]*= scatter-add", program) == ["f32"]
+    assert (found[40] == 8000).all()
+    assert not found[:40].any()
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])

@@ -196,3 +196,39 @@ def pick(
         return x_LD.at[sites_T].get(mode="clip")
 
     return jax.vmap(of_row)(x_BLD, sites_BT)
+
+
+@jax.custom_vjp
+def look_up(table_VD: Array, ids_BL: Array) -> Array:
+    """Rows [B, L, D] of a table of which a device holds a part, under ``shard_map``.
+
+    Zero where another device of the tensor axis has the row: their sum is what is
+    asked for. Not a number where no device has it. The gradient adds up in float32, as
+    a matrix product's would: in bfloat16 the row of a word that turns up a thousand
+    times would stop growing.
+    """
+    return _look_up(table_VD, ids_BL)[0]
+
+
+def _look_up(table_VD: Array, ids_BL: Array) -> tuple[Array, tuple[Array, Array]]:
+    here = len(table_VD)
+    at_BL = ids_BL - jax.lax.axis_index(sharding.TENSOR) * here
+    # Negative positions would count from the end.
+    at_BL = jnp.where(at_BL < 0, here, at_BL)
+    found_BLD = table_VD.at[at_BL].get(mode="fill", fill_value=0)
+    total = here * jax.lax.axis_size(sharding.TENSOR)
+    exists_BL = (ids_BL >= 0) & (ids_BL < total)
+    found_BLD = jnp.where(exists_BL[..., None], found_BLD, jnp.nan)
+    # Of the table the backward pass wants the shape alone.
+    return found_BLD, (table_VD[:, :0], at_BL)
+
+
+def _look_up_backward(saved: tuple[Array, Array], d_BLD: Array) -> tuple[Array, None]:
+    table, at_BL = saved
+    zeros_VD = jnp.zeros((len(table), d_BLD.shape[-1]), jnp.float32)
+    zeros_VD = jax.lax.pcast(zeros_VD, sharding.AXES, to="varying")
+    d_table_VD = zeros_VD.at[at_BL].add(d_BLD.astype(jnp.float32), mode="drop")
+    return jax.lax.psum(d_table_VD.astype(table.dtype), sharding.ROWS), None
+
+
+look_up.defvjp(_look_up, _look_up_backward)

@@ -30,6 +30,7 @@ from radit_jax.models.layers import (
     Rope,
     constant,
     linear,
+    look_up,
     rms_norm,
     rope_tables,
     rotate,
@@ -141,10 +142,13 @@ class Llama(nnx.Module):
 
     def embed(self, tokens_BL: Array, dtype: DTypeLike) -> Array:
         """Token embeddings [B, L, D] in the compute dtype."""
-        table_VD = jax.sharding.reshard(
-            self.embedding[...].astype(dtype), sharding.REPLICATED
-        )
-        return table_VD.at[tokens_BL].get(out_sharding=sharding.ACT_BLD)
+        return jax.shard_map(
+            lambda table_VD, ids_BL: jax.lax.psum(
+                look_up(table_VD, ids_BL), sharding.TENSOR
+            ),
+            in_specs=(sharding.without_fsdp(sharding.W_VD), sharding.ROWS_BL),
+            out_specs=sharding.ACT_BLD,
+        )(use(self.embedding, dtype), reshard(tokens_BL, sharding.ROWS_BL))
 
     def hidden(
         self,
