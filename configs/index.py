@@ -21,7 +21,8 @@ def section(config: ConfigDict, variant: str) -> None:
     c.max_tokens = 512  # of a passage; RA-DIT does not state it, BEIR runs use 512
     c.batch_tokens = 65536  # padded tokens per encoder batch
     c.shard_size = 131_072  # passages per file of embeddings
-    # ScaNN; empty ones follow its documented defaults for the size of the corpus.
+    c.shards = 0  # of ScaNN, spread over the processes; 0: one per process
+    # ScaNN; empty ones follow its documented defaults for the size of a shard.
     c.leaves = placeholder(int)
     c.leaves_to_search = placeholder(int)
     c.reorder = 100  # candidates rescored exactly

@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.stage_config = "lm_ft:llama_7b"  # STAGE:MODEL
     c.slice = ""  # GENERATION:SHAPE, such as v5p:4x4x4; "": of the recipe
     # Changes to the recipe; 0 and "": none.
-    c.mesh = ConfigDict({"data": 0, "fsdp": 0, "tensor": 0})
+    c.mesh = ConfigDict({"data": 0, "fsdp": 0, "tensor": 0, "sequence": False})
     c.remat = ""
     c.rows = 0
     c.micro_batches = 0
@@ -82,7 +82,7 @@ def _recipe(stage: str, model: str) -> dict[str, ConfigDict]:
         # Of 2500 dev questions, after each of 10 passages.
         config, shape = evaluate.get_config(model), models.shape(model)
         # Over fsdp every token would gather all weights anew.
-        config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": -1})
+        config.mesh.update({"data": 1, "fsdp": 1, "tensor": -1})
         shape.answers = 2500 * config.evaluate.passages
         shape.row_tokens, shape.prompts, shape.new = 1024, 4, 32
         return {"config": config, "shape": shape}
@@ -99,7 +99,7 @@ def _recipe(stage: str, model: str) -> dict[str, ConfigDict]:
         return {"config": config, "shape": ConfigDict(CORPUS | sizes)}
     # Every device has the whole encoder. 160 tokens: the bucket that passages of 100
     # words are filled up to.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     config.index.batch_tokens = 8 * 512 * 160
     shape = models.shape(model).to_dict() | CORPUS | {"passage_tokens": 160}
     return {"config": config, "shape": ConfigDict(shape)}

@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 @jax.tree_util.register_dataclass
 @dataclass
 class TrainState:
-    """All that training changes."""
+    """All that training changes; arrays, or their shapes where a step is planned."""
 
-    step: jax.Array  # int32 scalar, optimizer steps done
+    step: Any  # int32 scalar, optimizer steps done
     params: Any
     opt_state: Any
-    rng: jax.Array  # key data of the run's key; fold the step in to use it
+    rng: Any  # key data of the run's key; fold the step in to use it
 
     def updated(self, tx: Any, grads: Any) -> "TrainState":
         """The state after an optimizer step with these gradients."""

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
@@ -261,6 +261,15 @@ def fetch(array: jax.Array) -> np.ndarray:
 @jax.jit
 def _replicated(array: jax.Array) -> jax.Array:
     return jax.sharding.reshard(array, REPLICATED)
+
+
+def from_each(array: np.ndarray) -> np.ndarray:
+    """Host arrays of all processes, stacked by process, on all of them.
+
+    All processes must ask for it together, with arrays of one shape and type; 64 bits
+    are cut to 32.
+    """
+    return multihost_utils.process_allgather(array)
 
 
 def on_own_mesh(tree: Any) -> Any:

@@ -2,12 +2,15 @@
 
 import shutil
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from radit_jax import sharding
+from radit_jax import processes, sharding
+from radit_jax.batch import Retrieved
 from radit_jax.retrieval import index
 from radit_jax.retrieval.embed import write_embeddings
 
@@ -145,7 +148,7 @@ def test_scann_finds_the_clusters_and_scores_are_exact(
         monkeypatch,
         structure,
         queries_BE=queries_BE,
-        settings=index.ScannSettings(leaves_to_search=20),
+        settings=index.ScannSettings(leaves=54, leaves_to_search=20),
     )
     is_tree = structure == "tree_ah"
     assert built.settings["leaves"] == (54 if is_tree else None)
@@ -169,6 +172,158 @@ def test_scann_finds_the_clusters_and_scores_are_exact(
     alone = opened.search(queries_BE[7:8], 10)
     np.testing.assert_array_equal(alone.ids[0], found.ids[7])
     np.testing.assert_array_equal(alone.scores[0], found.scores[7])
+
+
+def everything(size):
+    """Settings with which ScaNN misses nothing."""
+    return index.ScannSettings(leaves=9, leaves_to_search=9, reorder=size)
+
+
+@pytest.mark.parametrize("structure", ["brute_force", "ah", "tree_ah"])
+def test_shards_find_what_one_index_finds(structure, tmp_path, mesh, monkeypatch):
+    passages_NE, queries_BE = clustered(3001, 24)
+    queries_BE = queries_BE[:20]
+    ids, scores = oracle(passages_NE, queries_BE, 20)
+    for shards in (1, 2, 3):
+        built = build_scann(
+            tmp_path / f"{shards}",
+            passages_NE,
+            monkeypatch,
+            structure,
+            settings=everything(3001),
+            shards=shards,
+            sample=20,
+        )
+        assert built.shards == shards
+        assert built.recall_at_10 == 1
+        opened = index.open_index(tmp_path / f"{shards}", mesh)
+        assert len(opened._searchers) == shards
+        assert not opened.together
+        found = opened.search(queries_BE, 20)
+        np.testing.assert_array_equal(found.ids, ids)
+        np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+        # More than a shard has.
+        found = opened.search(queries_BE[:2], 3010)
+        assert (np.sort(found.ids[:, :3001], axis=1) == np.arange(3001)[None]).all()
+        assert (found.ids[:, 3001:] == -1).all()
+
+
+def test_shards_rescore_no_more_than_one_index_does(tmp_path, mesh, monkeypatch):
+    passages_NE, queries_BE = clustered(3000, 24)
+    settings = index.ScannSettings(leaves=9, leaves_to_search=9, reorder=60)
+    options = {"settings": settings, "shards": 3, "queries_BE": queries_BE}
+    built = build_scann(tmp_path, passages_NE, monkeypatch, "tree_ah", **options)
+    assert built.recall_at_10 > 0.95
+    opened, asked = index.open_index(tmp_path, mesh), []
+    scores = opened._scores
+    monkeypatch.setattr(
+        opened, "_scores", lambda q, ids: asked.append(ids.shape) or scores(q, ids)
+    )
+    opened.search(queries_BE, 10)
+    assert asked == [(60, 60)]
+
+
+class Together:
+    """Threads that take themselves for processes."""
+
+    def __init__(self, count, monkeypatch):
+        self.own = threading.local()
+        self.count = count
+        self.sent = [None] * count
+        self.met = threading.Barrier(count, timeout=60)
+        monkeypatch.setattr(processes, "count", lambda: count)
+        monkeypatch.setattr(processes, "index", lambda: self.own.index)
+        monkeypatch.setattr(processes, "barrier", lambda _: self.met.wait())
+        monkeypatch.setattr(processes, "gather", self.gather)
+        monkeypatch.setattr(sharding, "from_each", lambda a: np.stack(self.gather(a)))
+
+    def gather(self, value):
+        self.sent[processes.index()] = value
+        self.met.wait()
+        found = list(self.sent)
+        self.met.wait()
+        return found
+
+    def __call__(self, function):
+        def run(number):
+            self.own.index = number
+            return function()
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return list(pool.map(run, range(self.count)))
+
+
+@pytest.mark.parametrize(("builders", "searchers"), [(2, 3), (3, 2), (2, 1)])
+def test_any_number_of_processes_builds_and_searches(
+    builders, searchers, tmp_path, mesh, monkeypatch
+):
+    pytest.importorskip("scann", reason="scann has Linux wheels for Python < 3.14 only")
+    passages_NE, queries_BE = clustered(1001, 24)
+    passages_NE[500:] = passages_NE[:501]  # ties over all shards
+    store = write_embeddings(passages_NE, tmp_path, shard_size=300)
+    settings = everything(1001)
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "BRUTE_FORCE_BELOW", 100)
+        patch.setattr(index, "PARTITION_FROM", 100)
+        options = {"settings": settings, "queries_BE": queries_BE}
+        for built in Together(builders, patch)(
+            lambda: index.build_index("scann", store, tmp_path, **options)
+        ):
+            assert (built.shards, built.structure) == (builders, "tree_ah")
+            assert built.recall_at_10 == 1
+    results = []
+    with monkeypatch.context() as patch:
+        opened = Together(searchers, patch)(lambda: index.open_index(tmp_path, mesh))
+        held = [first for one in opened for first, _ in one._searchers]
+        assert sorted(held) == [
+            first for first, _ in index._shard_ranges(1001, builders)
+        ]
+        assert all(one.together == (searchers > 1) for one in opened)
+        group = Together(searchers, patch)
+        results = group(lambda: opened[processes.index()].search(queries_BE, 30))
+    ids, scores = oracle(passages_NE, queries_BE, 30)
+    for found in results:
+        np.testing.assert_array_equal(found.ids, ids)
+        np.testing.assert_allclose(found.scores, scores, rtol=1e-5)
+
+
+def test_one_shard_is_held_by_every_process(tmp_path, mesh, monkeypatch):
+    passages_NE, queries_BE = clustered(90, 8)
+    build_scann(tmp_path, passages_NE, monkeypatch, "brute_force")
+    opened = Together(2, monkeypatch)(lambda: index.open_index(tmp_path, mesh))
+    for one in opened:
+        assert not one.together
+        found = one.search(queries_BE, 5)
+        np.testing.assert_array_equal(found.ids, oracle(passages_NE, queries_BE, 5)[0])
+
+
+def test_ids_beyond_32_bits_are_merged(monkeypatch):
+    ids = np.array([[[2**40, 7]], [[2**40 - 1, -1]]])
+    scores = np.array([[[1, 0.5]], [[1, -np.inf]]], np.float32)
+    found = Together(2, monkeypatch)(
+        lambda: index._best_of_all(
+            Retrieved(ids[processes.index()], scores[processes.index()])
+        )
+    )
+    for one in found:
+        np.testing.assert_array_equal(one.ids, [[2**40 - 1, 2**40]])
+        np.testing.assert_array_equal(one.scores, [[1, 1]])
+
+
+def test_a_missing_shard_is_told(tmp_path, mesh, monkeypatch):
+    passages_NE, _ = clustered(90, 8)
+    build_scann(tmp_path, passages_NE, monkeypatch, "brute_force", shards=3)
+    shutil.rmtree(tmp_path / "scann" / "00001")
+    with pytest.raises(FileNotFoundError, match="ScaNN shard 1 of 3 is not there"):
+        index.open_index(tmp_path, mesh)
+
+
+def test_settings_follow_the_size():
+    few, many = (index.ScannSettings().resolve(n) for n in (120_000, 2_000_000))
+    assert (few.leaves, few.leaves_to_search, few.training_sample) == (187, 19, 30_000)
+    assert (many.leaves, many.leaves_to_search) == (1414, 142)
+    assert many.training_sample == 100_000
+    assert index.ScannSettings(training_sample=9).resolve(120_000).training_sample == 9
 
 
 def test_scann_training_is_repeatable(tmp_path, mesh, monkeypatch):
@@ -246,6 +401,8 @@ def test_wrong_arguments_of_a_build_are_named(tmp_path):
     store = write_embeddings(np.ones((3, 2), np.float32), tmp_path)
     with pytest.raises(ValueError, match=r"unknown index kind 'scan'.*'scann'"):
         index.build_index("scan", store, tmp_path)
+    with pytest.raises(ValueError, match="4 shards of 3 passages: expected 1 to 3"):
+        index.build_index("scann", store, tmp_path, shards=4)
     with pytest.raises(ValueError, match="reorder must be at least 1, got 0"):
         index.ScannSettings(reorder=0)
     for queries_BE, message in [

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from configs import plan as recipes
-from radit_jax.planning import page, slices
+from radit_jax import sharding
+from radit_jax.planning import aot, page, slices
 from radit_jax.stages import plan
 from radit_jax.stages.plan import Choice
+from radit_jax.stages.programs import BUILDERS
 
 ROOT = Path(__file__).parents[1]
 # Seconds each to compile; between them every kind of step.
@@ -47,6 +49,17 @@ def test_plans_hold_when_compiled_again(name, config):
             f"{what} of {name} changed by over 5 %. If that is meant, "
             "`python -m radit_jax.main --config configs/plan.py:scale` plans anew"
         )
+
+
+@pytest.mark.parametrize("name", sorted({*recipes.RECIPES} - {*COMPILED_AGAIN}))
+def test_the_other_steps_trace_for_their_slices(name, config):
+    wanted = plan.recipe(config, name, "")
+    choice = plan.first_choice(config, wanted)
+    mesh = sharding.make_mesh(*choice[:3], devices=slices.devices(wanted.target))
+    step = BUILDERS[wanted.stage](wanted.config, wanted.shape, mesh)
+    with aot.tracing(mesh):
+        lowered = step.function.trace(*step.arguments, **step.static).lower()
+    assert lowered.out_info
 
 
 def test_checked_in_plans_are_of_the_recipes_as_they_are(config):

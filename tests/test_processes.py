@@ -24,6 +24,7 @@ from radit_jax import processes, sharding
 from radit_jax.data.candidates import CandidateBatches, Questions
 from radit_jax.models import huggingface
 from radit_jax.models.llama import Llama
+from radit_jax.retrieval import embed, index
 from radit_jax.stages import lm_ft
 from radit_jax.stages.stage import run
 from radit_jax.stages.training import load_checkpoint
@@ -580,6 +581,64 @@ def test_each_process_reads_the_bytes_of_its_shards_and_writes_them_back(
     assert written.keys() == original.keys()
     for name, array in original.items():
         np.testing.assert_array_equal(written[name], array)
+
+
+def search_together(folder):
+    """Build ScaNN over the processes' shares, and search it and the exact index."""
+    processes.start(processes.Settings(start_seconds=60))
+    queries_BE = np.load(folder / "queries.npy")
+    store = embed.EmbeddingStore(folder)
+    index.BRUTE_FORCE_BELOW = index.PARTITION_FROM = 100
+    settings = index.ScannSettings(leaves=9, leaves_to_search=9, reorder=len(store))
+    with jax.set_mesh(sharding.make_mesh(fsdp=2, tensor=2)):
+        mesh = jax.sharding.get_mesh()
+        built = index.build_index("scann", store, folder / "own", settings=settings)
+        found = {
+            "own": index.open_index(folder / "own", mesh),
+            "given": index.open_index(folder / "given", mesh),
+            "exact": index.ExactIndex(store, mesh),
+        }
+        arrays = {"recall": built.recall_at_10, "shards": built.shards}
+        for name, opened in found.items():
+            assert opened.together
+            arrays |= zip(
+                (f"{name}_ids", f"{name}_scores"),
+                opened.search(queries_BE, 30),
+                strict=True,
+            )
+    assert [len(found[name]._searchers) for name in ("own", "given")] == [
+        1,
+        [2, 1][processes.index()],
+    ]
+    np.savez(folder / f"found-{processes.index()}.npz", **arrays)
+    processes.finish()
+
+
+def test_two_processes_search_as_one(tmp_path):
+    pytest.importorskip("scann", reason="scann has Linux wheels for Python < 3.14 only")
+    rng = np.random.default_rng(0)
+    # Small integers: dot products are the same in any order of summation, and many are
+    # equal.
+    passages_NE = rng.integers(-3, 4, (701, 24)).astype(np.float32)
+    queries_BE = rng.integers(-3, 4, (21, 24)).astype(np.float32)
+    np.save(tmp_path / "queries.npy", queries_BE)
+    store = embed.write_embeddings(passages_NE, tmp_path, shard_size=200)
+    every = index.ScannSettings(reorder=701)
+    index.build_index("scann", store, tmp_path / "given", settings=every, shards=3)
+    with Group(tmp_path, 2, search_together, [(tmp_path,)] * 2) as two:
+        two.succeed()
+    mesh = sharding.make_mesh()
+    single = index.ExactIndex(store, mesh).search(queries_BE, 30)
+    for process in range(2):
+        found = np.load(tmp_path / f"found-{process}.npz")
+        assert (found["recall"], found["shards"]) == (1, 2)
+        for name in ("own", "given", "exact"):
+            np.testing.assert_array_equal(found[f"{name}_ids"], single.ids)
+            np.testing.assert_array_equal(found[f"{name}_scores"], single.scores)
+    # What two have built, one reads.
+    alone = index.open_index(tmp_path / "own", mesh)
+    assert len(alone._searchers) == 2
+    np.testing.assert_array_equal(alone.search(queries_BE, 30).ids, single.ids)
 
 
 # --- without other processes ------------------------------------------------------

@@ -34,7 +34,7 @@ class Bounds(NamedTuple):
     @property
     def interconnect(self) -> float:
         """Of all axes, one after the other."""
-        return sum(self.axes.values())
+        return sum(self.axes.values(), 0.0)
 
     @property
     def step(self) -> float:

@@ -76,7 +76,7 @@ class EmbedStats(NamedTuple):
 class EmbeddingStore:
     """The embeddings of a folder as one array that stays on disk.
 
-    Shards are memory-mapped: opening is cheap, and only the rows asked for are read.
+    Opening is cheap, and only the rows asked for are read.
 
     Args:
         folder: where ``embed_passages`` or ``write_embeddings`` left the shards.
@@ -142,24 +142,48 @@ class EmbeddingStore:
                 gathered[place] = np.frombuffer(data, np.float32)
 
     def rows(self, start: int, stop: int) -> Float32[np.ndarray, "N E"]:
-        """Rows ``start`` to ``stop``, cut at the end; a view if one shard has them."""
+        """Rows ``start`` to ``stop``, cut at the end; read, not mapped."""
         stop = min(stop, len(self))
         if stop <= start:
             return np.empty((0, self.shape[1]), np.float32)
-        first, last = start // self.shard_size, (stop - 1) // self.shard_size
-        pieces = []
-        for shard in range(first, last + 1):
+        rows = np.empty((stop - start, self.shape[1]), np.float32)
+        for shard in range(start // self.shard_size, (stop - 1) // self.shard_size + 1):
             base = shard * self.shard_size
-            pieces.append(self._shards[shard][max(start - base, 0) : stop - base])
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            first, last = max(start, base), min(stop, base + self.shard_size)
+            mapped = self._shards[shard]
+            with _shard_path(self.folder, shard).open("rb", buffering=0) as file:
+                file.seek(mapped.offset + (first - base) * mapped[0].nbytes)
+                into = (
+                    rows[first - start : last - start].reshape(-1).view(np.uint8).data
+                )
+                # One call reads 2 GiB at most.
+                while len(into):
+                    read = file.readinto(into)
+                    if not read:
+                        raise ValueError(f"{file.name} was cut while it was read")
+                    into = into[read:]
+        return rows
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """An array, or anything that gives its rows by slices."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> Float[np.ndarray, "n E"]:
+        """Some rows."""
+        ...
 
 
 def write_embeddings(
-    embeddings_NE: Float[np.ndarray, "N E"],
+    embeddings_NE: Rows,
     folder: str | os.PathLike[str],
     shard_size: int = 16384,
 ) -> EmbeddingStore:
-    """Writes embeddings that are already in memory as a store, and opens it."""
+    """Writes embeddings that are already there as a store, and opens it."""
     folder = Path(folder)
     _start_layout(folder, len(embeddings_NE), shard_size)
     for shard, (start, stop) in enumerate(

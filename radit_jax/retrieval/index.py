@@ -1,4 +1,10 @@
-"""The index: one protocol, an exact search on the mesh, and ScaNN on the host.
+"""The index: one protocol, an exact search on the mesh, and ScaNN on the hosts.
+
+Several processes search as one: each holds a part of the passages, answers every query
+from it, and all of them merge what they found. Embeddings are those of the whole, in
+one folder; ScaNN is built over shards of them, ``scann/00000``, ``scann/00001``, ...
+(``scann`` itself where there is but one), which any number of processes deal out among
+each other.
 
 Scores are dot products in float32, never less: those of DRAGON+ are near 400, where
 bfloat16 steps by 2.
@@ -11,11 +17,11 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +41,22 @@ KINDS = ("scann", "exact")
 # quantise and rescore up to 100k, partition into about sqrt(N) leaves above.
 BRUTE_FORCE_BELOW = 20_000
 PARTITION_FROM = 100_000
+# Passages of a leaf, at least: ScaNN writes an index with a codebook per leaf in
+# memory, 2.5 kB for each dimension, which for leaves of 640 is as much as the passages.
+LEAF_SIZE = 640
 
 # A few queries run in a program of their own, so that one question does not pay for
 # a whole block.
 FEW_QUERIES = 8
 
+# Rows that are read at a time, 50 MB of width 768.
+READ_ROWS = 16384
+
 # Float32 scores that one device holds at a time, 512 MiB.
 MAX_SCORES = 2**27
 
 INDEX_FILE = "index.json"
+_ASSETS = "scann_assets.pbtxt"  # that ScaNN writes last
 _FORMAT = 1
 
 
@@ -72,11 +85,12 @@ class ScannSettings:
     """What ScaNN trades between speed and recall; None is chosen from the size.
 
     Attributes:
-        leaves: partitions, by default the square root of the number of passages.
+        leaves: partitions, by default the square root of the number of passages, and at
+            least 640 passages in each.
         leaves_to_search: partitions each query looks into, by default a tenth.
         reorder: candidates per query whose exact scores are computed (at least 2 k).
         training_sample: passages that the partitions and codes are learnt from, by
-            default 100,000, or 40 per leaf if that is more.
+            default a quarter of them, but 100,000 at most and 40 per leaf at least.
         threads: by default the cores this process may use.
     """
 
@@ -95,13 +109,18 @@ class ScannSettings:
         """These settings for ``size`` passages; leaves stay None if there are none."""
         leaves = leaves_to_search = None
         if _structure(size) == "tree_ah":
-            leaves = min(self.leaves or math.isqrt(size), size)
+            leaves = max(min(math.isqrt(size), size // LEAF_SIZE), 1)
+            leaves = min(self.leaves or leaves, size)
             leaves_to_search = min(self.leaves_to_search or -(-leaves // 10), leaves)
         return ScannSettings(
             leaves=leaves,
             leaves_to_search=leaves_to_search,
             reorder=self.reorder,
-            training_sample=self.training_sample or max(100_000, 40 * (leaves or 0)),
+            training_sample=min(
+                self.training_sample
+                or max(min(size // 4, 100_000), 40 * (leaves or 0), 1),
+                size,
+            ),
             threads=self.threads or _cores(),
         )
 
@@ -113,7 +132,8 @@ class Built(NamedTuple):
     structure: str  # "exact", or ScaNN's "brute_force", "ah", "tree_ah"
     recall_at_10: float  # against exact search, on sampled queries
     seconds: float
-    settings: dict[str, int | None]  # ScaNN's, as resolved; {} for exact
+    shards: int  # of ScaNN; 1 for exact
+    settings: dict[str, int | None]  # ScaNN's, as resolved for a shard; {} for exact
 
 
 class ExactIndex:
@@ -252,74 +272,39 @@ def exact_search(
 
 
 class ScannIndex:
-    """ScaNN on the host's CPU finds candidates; their exact scores decide.
+    """ScaNN on the hosts' CPUs finds candidates; their exact scores decide.
 
     ScaNN keeps 4-bit codes only, ``N * E / 4`` bytes, a sixteenth of the embeddings.
     Its own reordering would hold a second float32 copy of them in memory and on disk,
-    so candidates are rescored here, from the memory-mapped store.
+    so candidates are rescored here, from the store on disk.
+
+    Where there are several shards and several processes, each process holds some of the
+    shards, possibly none, and all search together. One shard alone is held by every
+    process, which then searches by itself.
 
     Args:
-        searcher: a ScaNN searcher over the embeddings.
-        embeddings: the passages.
-        settings: resolved settings the searcher was built with.
+        searchers: of the shards that this process holds, the first row and a ScaNN
+            searcher of each.
+        embeddings: all passages.
+        settings: resolved settings that the shards were built with.
+        shards: of all processes.
     """
 
-    together = False
-
-    def __init__(self, searcher, embeddings: EmbeddingStore, settings: ScannSettings):
+    def __init__(
+        self,
+        searchers: Sequence[tuple[int, Any]],
+        embeddings: EmbeddingStore,
+        settings: ScannSettings,
+        shards: int,
+    ):
         self.size, self.width = embeddings.shape
-        self._searcher = searcher
+        self.together = shards > 1 and processes.count() > 1
+        self._searchers = searchers
         self._embeddings = embeddings
         self._settings = settings
         self._threads = settings.threads or _cores()
-        self._searcher.set_num_threads(self._threads)
-
-    @classmethod
-    def build(
-        cls,
-        embeddings: EmbeddingStore,
-        folder: str | os.PathLike[str],
-        settings: ScannSettings | None = None,
-    ) -> "ScannIndex":
-        """Trains ScaNN and serialises it into ``folder`` with relative paths.
-
-        The same embeddings give the same index: centres start from k-means++ with a
-        fixed seed, because ScaNN's random start cannot be seeded.
-
-        While it trains, ScaNN holds one float32 copy of the embeddings.
-        """
-        scann = _import_scann()
-        if scann is None:
-            raise ValueError("the package scann is not installed; use the exact index")
-        settings = (settings or ScannSettings()).resolve(len(embeddings))
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="whole.") as temporary:
-            whole_NE = _contiguous(embeddings, Path(temporary))
-            builder = scann.builder(whole_NE, settings.reorder, "dot_product")
-            builder.set_n_training_threads(settings.threads)
-            structure = _structure(len(embeddings))
-            if structure == "tree_ah":
-                builder.tree(
-                    settings.leaves,
-                    settings.leaves_to_search,
-                    training_sample_size=settings.training_sample,
-                    random_init=False,
-                )
-            if structure == "brute_force":
-                builder.score_brute_force()
-            else:
-                # 2 dimensions per code and threshold 0.2 are the documented choices
-                # for maximum inner product search.
-                builder.score_ah(
-                    2,
-                    anisotropic_quantization_threshold=0.2,
-                    training_sample_size=settings.training_sample,
-                )
-            searcher = builder.build()
-            del whole_NE, builder
-        searcher.serialize(os.fspath(folder), relative_path=True)
-        return cls(searcher, embeddings, settings)
+        for _, searcher in searchers:
+            searcher.set_num_threads(self._threads)
 
     @classmethod
     def load(
@@ -327,17 +312,32 @@ class ScannIndex:
         embeddings: EmbeddingStore,
         folder: str | os.PathLike[str],
         settings: ScannSettings,
+        shards: int,
     ) -> "ScannIndex":
-        """Opens what ``build`` wrote, with the settings it was built with."""
+        """Opens this process' shards of what ``build_index`` wrote, with the settings
+        they were built with.
+
+        Raises:
+            FileNotFoundError: a shard is missing.
+        """
         scann = _import_scann()
-        if scann is None:
-            raise ValueError("the package scann is not installed; use the exact index")
-        if not (Path(folder) / "scann_assets.pbtxt").exists():
-            raise FileNotFoundError(
-                f"{folder}: scann_assets.pbtxt is missing, this is no ScaNN index"
+        assert scann is not None
+        ranges = _shard_ranges(len(embeddings), shards)
+        step = processes.count() if shards > 1 else 1
+        searchers = []
+        for shard in range(processes.index() % step, shards, step):
+            path = _shard_folder(Path(folder), shard, shards)
+            if not (path / _ASSETS).exists():
+                raise FileNotFoundError(
+                    f"{path / _ASSETS} is missing: the ScaNN shard {shard} of {shards} "
+                    "is not there; delete index.json beside it and run the index stage "
+                    "again"
+                )
+            searcher = scann.load_searcher(
+                os.fspath(path), assets_backcompat_shim=False
             )
-        searcher = scann.load_searcher(os.fspath(folder), assets_backcompat_shim=False)
-        return cls(searcher, embeddings, settings)
+            searchers.append((ranges[shard][0], searcher))
+        return cls(searchers, embeddings, settings, shards)
 
     def search(self, queries_BE: Float32[np.ndarray, "B E"], k: int) -> Retrieved:
         """The best ``k`` passages of each query; see ``Index``.
@@ -346,27 +346,49 @@ class ScannIndex:
         """
         _check_queries(queries_BE, self.width, k)
         found = _nothing(len(queries_BE), k)
-        best = min(k, self.size)
-        candidates = min(max(self._settings.reorder, 2 * k), self.size)
+        candidates = max(self._settings.reorder, 2 * k)
         # Blocks bound the gathered rows to about 256 MiB.
         block = max(2**26 // (candidates * self.width), 1)
         for start in range(0, len(queries_BE), block):
             rows = slice(start, start + block)
-            ids_BC = self._candidates(queries_BE[rows], candidates, best)
-            scores_BC, ids_BC = self._rescore(queries_BE[rows], ids_BC)
-            found.scores[rows, :best] = scores_BC[:, :best]
-            found.ids[rows, :best] = ids_BC[:, :best]
+            ids_BC = self._candidates(queries_BE[rows], candidates, k)
+            scores_BC = self._scores(queries_BE[rows], ids_BC)
+            best = _best(ids_BC, scores_BC, k)
+            if self.together:
+                best = _best_of_all(best)
+            found.scores[rows], found.ids[rows] = best.scores, best.ids
         return found
 
     def _candidates(
-        self, queries_BE: np.ndarray, candidates: int, needed: int
+        self, queries_BE: np.ndarray, candidates: int, k: int
     ) -> Int64[np.ndarray, "B C"]:
-        """Ids of candidates in no order that matters, -1 where there were no more."""
+        """Ids of candidates in no order that matters, -1 where there were no more.
 
-        def ask(queries_BE: np.ndarray, leaves: int | None) -> np.ndarray:
+        Of all shards here together there are no more than of one: ScaNN's own scores
+        choose.
+        """
+        ids_BC = np.empty((len(queries_BE), 0), np.int64)
+        scores_BC = np.empty((len(queries_BE), 0), np.float32)
+        for first, searcher in self._searchers:
+            ids, scores = self._ask(searcher, queries_BE, candidates, k)
+            ids_BC = np.concatenate([ids_BC, np.where(ids < 0, -1, first + ids)], 1)
+            scores_BC = np.concatenate([scores_BC, scores], 1)
+        if ids_BC.shape[1] > candidates:
+            best_BC = np.argpartition(-scores_BC, candidates - 1, axis=1)
+            ids_BC = np.take_along_axis(ids_BC, best_BC[:, :candidates], axis=1)
+        return ids_BC
+
+    def _ask(
+        self, searcher: Any, queries_BE: np.ndarray, candidates: int, k: int
+    ) -> tuple[Int64[np.ndarray, "B C"], Float32[np.ndarray, "B C"]]:
+        """Rows of a shard, -1 where there were no more, and ScaNN's scores of them."""
+        size = searcher.size()
+        candidates = min(candidates, size)
+
+        def ask(queries_BE: np.ndarray, leaves: int | None) -> tuple[Any, Any]:
             # Small batches too are spread over the threads.
             per_thread = -(-len(queries_BE) // self._threads)
-            ids_BC, scores_BC = self._searcher.search_batched_parallel(
+            ids_BC, scores_BC = searcher.search_batched_parallel(
                 np.ascontiguousarray(queries_BE),
                 candidates,
                 candidates,
@@ -374,26 +396,133 @@ class ScannIndex:
                 batch_size=min(per_thread, 256),
             )
             # Where the leaves held too few, ScaNN fills up with id 0 and a NaN score.
-            return np.where(np.isnan(scores_BC), -1, ids_BC.astype(np.int64))
+            nothing_BC = np.isnan(scores_BC)
+            return (
+                np.where(nothing_BC, -1, ids_BC.astype(np.int64)),
+                np.where(nothing_BC, np.float32(-np.inf), scores_BC),
+            )
 
-        ids_BC = ask(queries_BE, self._settings.leaves_to_search)
-        short = np.flatnonzero((ids_BC >= 0).sum(axis=1) < needed)
+        ids_BC, scores_BC = ask(queries_BE, self._settings.leaves_to_search)
+        short = np.flatnonzero((ids_BC >= 0).sum(axis=1) < min(k, size))
         if len(short):
-            ids_BC[short] = ask(queries_BE[short], self._settings.leaves)
-        return ids_BC
+            ids_BC[short], scores_BC[short] = ask(
+                queries_BE[short], self._settings.leaves
+            )
+        return ids_BC, scores_BC
 
-    def _rescore(
+    def _scores(
         self, queries_BE: np.ndarray, ids_BC: np.ndarray
-    ) -> tuple[Float32[np.ndarray, "B C"], Int64[np.ndarray, "B C"]]:
-        """Exact scores, sorted."""
+    ) -> Float32[np.ndarray, "B C"]:
+        """Exact scores of candidates."""
         passages_BCE = self._embeddings[np.maximum(ids_BC, 0)]
         scores_BC = np.matmul(passages_BCE, queries_BE[:, :, None])[:, :, 0]
-        scores_BC = np.where(ids_BC < 0, np.float32(-np.inf), scores_BC)
-        order_BC = np.lexsort((ids_BC, -scores_BC), axis=-1)
-        return (
-            np.take_along_axis(scores_BC, order_BC, axis=1),
-            np.take_along_axis(ids_BC, order_BC, axis=1),
+        return np.where(ids_BC < 0, np.float32(-np.inf), scores_BC)
+
+
+def _build_shard(
+    embeddings: EmbeddingStore,
+    start: int,
+    stop: int,
+    folder: Path,
+    settings: ScannSettings,
+    structure: str,
+) -> None:
+    """Trains ScaNN over some rows and serialises it into ``folder``, paths relative.
+
+    The same embeddings give the same index: the sample is drawn with a fixed seed, and
+    centres start from k-means++ with another one, because ScaNN's random start cannot
+    be seeded.
+
+    ScaNN copies what it is built over. So it is built over the training sample alone,
+    and the rows follow block by block, each of them coded as it comes.
+    """
+    scann = _import_scann()
+    assert scann is not None
+    assert settings.training_sample is not None
+    folder.mkdir(parents=True)
+    size = stop - start
+    if structure == "brute_force":
+        sample = size
+        first_NE = embeddings.rows(start, stop)
+    else:
+        sample = min(settings.training_sample, size)
+        rows = np.random.default_rng(0).choice(size, sample, replace=False)
+        first_NE = embeddings[start + np.sort(rows)]
+    builder = scann.builder(first_NE, settings.reorder, "dot_product")
+    builder.set_n_training_threads(settings.threads)
+    if structure == "tree_ah":
+        builder.tree(
+            settings.leaves,
+            settings.leaves_to_search,
+            training_sample_size=sample,
+            random_init=False,
         )
+    if structure == "brute_force":
+        builder.score_brute_force()
+    else:
+        # 2 dimensions per code and threshold 0.2 are the documented choices for maximum
+        # inner product search.
+        builder.score_ah(
+            2, anisotropic_quantization_threshold=0.2, training_sample_size=sample
+        )
+    searcher = builder.build()
+    del builder, first_NE
+    if structure != "brute_force":
+        searcher.set_num_threads(settings.threads)
+        # The sample's places are taken by the first rows, the others are new.
+        for row in range(0, size, READ_ROWS):
+            rows_NE = embeddings.rows(start + row, min(start + row + READ_ROWS, stop))
+            places = [
+                place if place < sample else None
+                for place in range(row, row + len(rows_NE))
+            ]
+            # Not by ScaNN's own wrapper, which keeps a dictionary of names.
+            searcher.searcher.upsert(places, rows_NE, len(rows_NE))
+    searcher.serialize(os.fspath(folder), relative_path=True)
+
+
+def _shard_ranges(size: int, shards: int) -> list[tuple[int, int]]:
+    """First row and end of each shard."""
+    return [(size * s // shards, size * (s + 1) // shards) for s in range(shards)]
+
+
+def _shard_folder(folder: Path, shard: int, shards: int) -> Path:
+    return folder / f"{shard:05d}" if shards > 1 else folder
+
+
+def _best(ids_BC: np.ndarray, scores_BC: np.ndarray, k: int) -> Retrieved:
+    """The best ``k``, sorted, ties by the lower id, filled up where there are fewer."""
+    found = _nothing(len(ids_BC), k)
+    if scores_BC.shape[1] > k:
+        # Only those as good as the k-th are sorted.
+        least_B1 = np.partition(scores_BC, -k, axis=1)[:, -k, None]
+        most = int((scores_BC >= least_B1).sum(axis=1).max())
+        at_BC = np.argpartition(scores_BC, -most, axis=1)[:, -most:]
+        ids_BC = np.take_along_axis(ids_BC, at_BC, axis=1)
+        scores_BC = np.take_along_axis(scores_BC, at_BC, axis=1)
+    order_BC = np.lexsort((ids_BC, -scores_BC), axis=-1)[:, :k]
+    best = order_BC.shape[1]
+    found.ids[:, :best] = np.take_along_axis(ids_BC, order_BC, axis=1)
+    found.scores[:, :best] = np.take_along_axis(scores_BC, order_BC, axis=1)
+    return found
+
+
+def _best_of_all(own: Retrieved) -> Retrieved:
+    """The best of what all processes have found for the same queries, on all of them.
+
+    They must ask together.
+    """
+    queries, k = own.ids.shape
+    # Bits, so that one message carries both, and JAX does not cut ids to 32 of them.
+    bits = np.concatenate([own.ids.view(np.int32), own.scores.view(np.int32)], axis=1)
+    all_PBX = sharding.from_each(bits)
+    ids_PBC = np.ascontiguousarray(all_PBX[:, :, : 2 * k]).view(np.int64)
+    scores_PBC = np.ascontiguousarray(all_PBX[:, :, 2 * k :]).view(np.float32)
+    return _best(
+        ids_PBC.transpose(1, 0, 2).reshape(queries, -1),
+        scores_PBC.transpose(1, 0, 2).reshape(queries, -1),
+        k,
+    )
 
 
 def build_index(
@@ -402,11 +531,15 @@ def build_index(
     folder: str | os.PathLike[str],
     *,
     settings: ScannSettings | None = None,
+    shards: int = 0,
     queries_BE: Float32[np.ndarray, "B E"] | None = None,
     sample: int = 200,
     seed: int = 0,
 ) -> Built:
     """Writes an index over the embeddings into ``folder``, and measures its recall.
+
+    All processes must call it together; each builds its share of ScaNN's shards, one at
+    a time.
 
     Args:
         kind: "scann" or "exact". Where ScaNN cannot be imported, "exact" is built and
@@ -414,14 +547,15 @@ def build_index(
         embeddings: the passages, usually in the same folder. The index refers to them
             by a relative path, so the two can be moved together.
         folder: where ``open_index`` will look.
-        settings: ScaNN's.
+        settings: ScaNN's, of each shard.
+        shards: of ScaNN; 0 is one per process.
         queries_BE: queries to measure recall with; by default perturbed passages.
         sample: how many queries to measure with.
         seed: of the sample.
 
     Raises:
         ValueError: the kind is unknown, the queries have another width or are empty, or
-            sample < 1.
+            sample < 1, or there are more shards than passages.
     """
     if kind not in KINDS:
         nearest = difflib.get_close_matches(kind, KINDS, n=1, cutoff=0.0)[0]
@@ -436,25 +570,49 @@ def build_index(
             raise ValueError("there are no queries to measure the recall with")
     if sample < 1:
         raise ValueError(f"sample must be at least 1, got {sample}")
-    if kind == "scann" and _import_scann() is None:
+    size = len(embeddings)
+    if not 0 <= shards <= size:
+        raise ValueError(
+            f"{shards} shards of {size} passages: expected 1 to {size}, or 0 for one "
+            "per process"
+        )
+    if kind == "scann" and not _scann_everywhere():
         logging.warning(
             "ScaNN cannot be imported (it has wheels for Linux only); the exact index "
             "serves instead"
         )
         kind = "exact"
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    shards = (shards or min(processes.count(), size)) if kind == "scann" else 1
     # What is left of an earlier build must not be taken for this one.
-    (folder / INDEX_FILE).unlink(missing_ok=True)
-    if (folder / "scann").exists():
-        shutil.rmtree(folder / "scann")
+    if processes.first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / INDEX_FILE).unlink(missing_ok=True)
+        if (folder / "scann").exists():
+            shutil.rmtree(folder / "scann")
+    processes.barrier("index is cleared")
     started = time.perf_counter()
     if kind == "exact":
-        built = Built("exact", "exact", 1.0, 0.0, {})
+        built = Built("exact", "exact", 1.0, 0.0, 1, {})
     else:
-        resolved = (settings or ScannSettings()).resolve(len(embeddings))
-        index = ScannIndex.build(embeddings, folder / "scann", resolved)
+        # Shards differ by one passage at most; all are built as the smallest.
+        resolved = (settings or ScannSettings()).resolve(size // shards)
+        structure = _structure(size // shards)
+        ranges = _shard_ranges(size, shards)
+        for shard in range(processes.index(), shards, processes.count()):
+            _build_shard(
+                embeddings,
+                *ranges[shard],
+                _shard_folder(folder / "scann", shard, shards),
+                resolved,
+                structure,
+            )
+        processes.barrier("shards")
+        for shard in range(shards):
+            path = _shard_folder(folder / "scann", shard, shards)
+            processes.wait_for(path / _ASSETS)
         seconds = time.perf_counter() - started
+        index = ScannIndex.load(embeddings, folder / "scann", resolved, shards)
         rng = np.random.default_rng(seed)
         if queries_BE is None:
             queries_BE = _perturbed_passages(embeddings, sample, rng)
@@ -462,9 +620,10 @@ def build_index(
             queries_BE = queries_BE[rng.choice(len(queries_BE), sample, replace=False)]
         built = Built(
             "scann",
-            _structure(len(embeddings)),
+            structure,
             _recall(index, embeddings, queries_BE),
             seconds,
+            shards,
             dataclasses.asdict(resolved),
         )
     content = {
@@ -473,14 +632,21 @@ def build_index(
         "passages": embeddings.shape[0],
         "width": embeddings.shape[1],
         "embeddings": os.path.relpath(embeddings.folder, folder),
+        "shards": built.shards,
         "settings": built.settings,
     }
-    (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    if processes.first():
+        (folder / INDEX_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    processes.barrier("index")
+    processes.wait_for(folder / INDEX_FILE)
     return built
 
 
 def open_index(folder: str | os.PathLike[str], mesh: Mesh) -> Index:
     """Opens what ``build_index`` wrote; the mesh serves the exact index.
+
+    All processes must call it together; there may be another number of them than when
+    it was built.
 
     Raises:
         FileNotFoundError: the folder holds no index, or its embeddings are gone.
@@ -504,9 +670,11 @@ def open_index(folder: str | os.PathLike[str], mesh: Mesh) -> Index:
             f"{embeddings.shape} in {embeddings.folder}; build the index again"
         )
     if content["kind"] == "scann":
-        if _import_scann() is not None:
+        if _scann_everywhere():
             settings = ScannSettings(**{**content["settings"], "threads": None})
-            return ScannIndex.load(embeddings, folder / "scann", settings)
+            # Indexes of before there were shards have one.
+            shards = content.get("shards", 1)
+            return ScannIndex.load(embeddings, folder / "scann", settings, shards)
         logging.warning(
             "%s is a ScaNN index and ScaNN cannot be imported; the exact index serves "
             "instead",
@@ -534,24 +702,21 @@ def _import_scann() -> ModuleType | None:
     return scann_ops_pybind
 
 
+def _scann_everywhere() -> bool:
+    """Whether ScaNN can be imported.
+
+    Raises:
+        ProcessError: by some of the processes only; they must all search alike.
+    """
+    there = _import_scann() is not None
+    processes.check_same("packages", {"scann": there})
+    return there
+
+
 def _structure(size: int) -> str:
     if size < BRUTE_FORCE_BELOW:
         return "brute_force"
     return "ah" if size < PARTITION_FROM else "tree_ah"
-
-
-def _contiguous(embeddings: EmbeddingStore, temporary: Path) -> np.ndarray:
-    """All rows as the one array that ScaNN asks for, on disk rather than in memory."""
-    size = len(embeddings)
-    if size <= embeddings.shard_size:
-        return embeddings.rows(0, size)
-    whole_NE = np.lib.format.open_memmap(
-        temporary / "whole.npy", "w+", np.float32, embeddings.shape
-    )
-    for start in range(0, size, embeddings.shard_size):
-        stop = start + embeddings.shard_size
-        whole_NE[start:stop] = embeddings.rows(start, stop)
-    return whole_NE
 
 
 def _check_queries(queries_BE: np.ndarray, width: int, k: int) -> None:
@@ -590,19 +755,23 @@ def _recall(
     k = min(k, index.size)
     found = index.search(queries_BE, k).ids
     # Streaming over the store needs no device memory: the corpus may have come to
-    # ScaNN because the devices cannot hold it.
-    scores_BC = np.empty((len(queries_BE), 0), np.float32)
-    ids_BC = np.empty((len(queries_BE), 0), np.int64)
-    for start in range(0, index.size, 16384):
-        rows_NE = embeddings.rows(start, start + 16384)
-        scores_BC = np.concatenate([scores_BC, queries_BE @ rows_NE.T], axis=1)
-        block_ids = np.arange(start, start + len(rows_NE))[None, :]
-        block_ids = np.broadcast_to(block_ids, (len(queries_BE), len(rows_NE)))
-        ids_BC = np.concatenate([ids_BC, block_ids], axis=1)
-        best_BC = np.argsort(-scores_BC, axis=1, kind="stable")[:, :k]
-        scores_BC = np.take_along_axis(scores_BC, best_BC, axis=1)
-        ids_BC = np.take_along_axis(ids_BC, best_BC, axis=1)
+    # ScaNN because the devices cannot hold it. Each process reads its share.
+    true = _nothing(len(queries_BE), k)
+    start, stop = _shard_ranges(index.size, processes.count())[processes.index()]
+    for row in range(start, stop, READ_ROWS):
+        rows_NE = embeddings.rows(row, min(row + READ_ROWS, stop))
+        ids_BN = np.broadcast_to(
+            np.arange(row, row + len(rows_NE)), (len(queries_BE), len(rows_NE))
+        )
+        true = _best(
+            np.concatenate([true.ids, ids_BN], axis=1),
+            np.concatenate([true.scores, queries_BE @ rows_NE.T], axis=1),
+            k,
+        )
+    if processes.count() > 1:
+        true = _best_of_all(true)
     hits = [
-        len(np.intersect1d(row, true)) for row, true in zip(found, ids_BC, strict=True)
+        len(np.intersect1d(row, best))
+        for row, best in zip(found, true.ids, strict=True)
     ]
-    return float(np.sum(hits) / ids_BC.size)
+    return float(np.sum(hits) / true.ids.size)

@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from radit_jax import processes, sharding
+from radit_jax import sharding
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.huggingface import load_encoder, read_encoder_config
 from radit_jax.retrieval.embed import EmbeddingStore, EmbedStats, embed_passages
 from radit_jax.retrieval.index import (
-    INDEX_FILE,
     Built,
     ScannSettings,
     build_index,
@@ -40,6 +39,9 @@ def settings(config: ConfigDict) -> Mapping[str, Any]:
     index = section(config.index)
     # How fast the index is searched is no part of what it holds.
     del index["threads"]
+    if not index["shards"]:
+        # One per process, of which there may be another number when it goes on.
+        del index["shards"]
     return index | {
         "encoder": context_fingerprint(config),
         "pooling": section(config.pooling),
@@ -197,22 +199,17 @@ def embed_corpus(
         )
 
 
-def build_structure(config: ConfigDict, folder: Path) -> Built | None:
-    """Build what is searched beside the embeddings of a folder; None where another
-    process has built it."""
-    if not processes.first():
-        processes.barrier("structure")
-        processes.wait_for(folder / INDEX_FILE)
-        return None
-    built = build_index(
+def build_structure(config: ConfigDict, folder: Path) -> Built:
+    """Build what is searched beside the embeddings of a folder, all processes
+    together."""
+    return build_index(
         config.index.kind,
         EmbeddingStore(folder),
         folder,
         settings=settings_of(ScannSettings, config.index),
+        shards=config.index.shards,
         seed=config.seed,
     )
-    processes.barrier("structure")
-    return built
 
 
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
@@ -221,8 +218,6 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     side = tower(config, context_folder(config), config.index.max_tokens)
     stats = embed_corpus(config, store, *side, folder)
     built = build_structure(config, folder)
-    if built is None:
-        return {}
     return {
         "passages": len(store),
         "passages_per_second": round(stats.passages_per_second, 1),
@@ -230,6 +225,7 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
         "shapes": stats.shapes,
         "kind": built.kind,
         "structure": built.structure,
+        "shards": built.shards,
         "recall_at_10": round(built.recall_at_10, 4),
     }
 

@@ -39,9 +39,12 @@ class Choice(NamedTuple):
     tensor: int
     remat: str = ""  # "": the stage has no backward pass
     micro_batches: int = 1
+    sequence: bool = False  # tokens of a row are split over tensor between layers
 
     def __str__(self) -> str:
         text = f"mesh data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}"
+        if self.sequence:
+            text += " with sequence"
         if self.remat:
             text += f", remat {self.remat}, micro-batches {self.micro_batches}"
         return text
@@ -56,7 +59,8 @@ class Choice(NamedTuple):
         if not self.remat:
             return mesh
         return (
-            f"{mesh} --config.lm_ft.remat={self.remat} "
+            f"{mesh} --config.mesh.sequence={self.sequence} "
+            f"--config.lm_ft.remat={self.remat} "
             f"--config.lm_ft.micro_batches={self.micro_batches}"
         )
 
@@ -125,7 +129,8 @@ def first_choice(config: ConfigDict, wanted: Recipe) -> Choice:
     stage = wanted.section
     if "remat" not in stage:
         return Choice(data, fsdp, tensor)
-    return Choice(data, fsdp, tensor, stage.remat, stage.micro_batches)
+    sequence = config.mesh.sequence or wanted.config.mesh.sequence
+    return Choice(data, fsdp, tensor, stage.remat, stage.micro_batches, sequence)
 
 
 # From what keeps most to what keeps least.
@@ -142,6 +147,8 @@ def neighbours(choice: Choice) -> Iterator[Choice]:
         yield choice._replace(micro_batches=parts * 2)
         if choice.remat != LADDER[-1]:
             yield choice._replace(remat=LADDER[-1])
+        if choice.tensor > 1:
+            yield choice._replace(sequence=not choice.sequence)
     if choice.data > 1:
         yield choice._replace(data=1, fsdp=choice.fsdp * choice.data)
     for tensor, fsdp in (
@@ -149,7 +156,8 @@ def neighbours(choice: Choice) -> Iterator[Choice]:
         (choice.tensor // 2, choice.fsdp * 2),
     ):
         if tensor * fsdp == choice.tensor * choice.fsdp:
-            yield choice._replace(tensor=tensor, fsdp=fsdp)
+            sequence = choice.sequence and tensor > 1
+            yield choice._replace(tensor=tensor, fsdp=fsdp, sequence=sequence)
     if choice.remat:
         if parts % 2 == 0:
             yield choice._replace(micro_batches=parts // 2)
@@ -204,6 +212,7 @@ class Plan(NamedTuple):
                 {
                     "remat": self.choice.remat,
                     "micro_batches": self.choice.micro_batches,
+                    "sequence": self.choice.sequence,
                 }
                 if self.choice.remat
                 else {}
@@ -261,6 +270,7 @@ def make(wanted: Recipe, choice: Choice) -> Plan:
     if choice.remat:
         changed.section.remat = choice.remat
         changed.section.micro_batches = choice.micro_batches
+        changed.config.mesh.sequence = choice.sequence
     program = BUILDERS[wanted.stage](changed.config, wanted.shape, mesh)
     log.info("plan: compiling %s for %s, %s", wanted.name, wanted.target, choice)
     compiled = aot.compile_ahead(

@@ -82,7 +82,8 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         tx, learning_rate = optimizer(section)
         state = _state(lambda key: Llama(model, key), tx, key)
         kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
-        step = lm_ft.make_step(tx, learning_rate, DTYPE, section.remat, kernel)
+        stream = sharding.stream_spec(config.mesh.sequence, section.row_tokens)
+        step = lm_ft.make_step(tx, learning_rate, DTYPE, section.remat, kernel, stream)
 
     def of(length: int, dtype: Any = jnp.int32) -> Any:
         return aot.array(mesh, (parts, part, length), dtype, sharding.PARTS_BL)
@@ -93,7 +94,7 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         step,
         (aot.on(mesh, state), batch),
         {"state.params": WEIGHTS, "state.opt_state": OPTIMIZER},
-        rows * L * lm_ft.flops_per_token(model, L, T / L),
+        rows * L * lm_ft.flops_per_token(model, float(L), T / L),
         rows * L,
         "tokens",
         section.steps,
@@ -103,6 +104,7 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
 def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     """A batch of stage ``lm_score``: packed rows, answers after their passages."""
     section, model = config.lm_score, llama_config(shape)
+    kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
     B, L, T = section.rows, section.row_tokens, section.row_targets
     key = _key()
     kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
@@ -118,7 +120,7 @@ def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         scoring.make_score(DTYPE, kernel),
         (aot.on(mesh, weights), batch, of(L)),
         {"model": WEIGHTS},
-        B * L * lm_ft.flops_per_token(model, L, T / L) / 3,
+        B * L * lm_ft.flops_per_token(model, float(L), T / L) / 3,
         B * L,
         "tokens",
         shape.pairs * shape.pair_tokens / (B * L),
@@ -160,7 +162,7 @@ def generate_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
             generate.Stops(table, table, table),
         ),
         {"model": WEIGHTS, "state.cache": CACHE},
-        B * Q * generate.CHUNK * lm_ft.flops_per_token(model, L, 1.0) / 3,
+        B * Q * generate.CHUNK * lm_ft.flops_per_token(model, float(L), 1.0) / 3,
         B * Q * generate.CHUNK,
         "tokens",
         shape.answers * new / (B * Q * generate.CHUNK),
