@@ -294,7 +294,8 @@ def test_attention_equals_transformers(kv_heads):
         q, k, v = block.project_qkv(x_BLD, tables, config.norm_eps)
         mask_BLM = attending.attention_mask(layout, layout, causal=True)
         mixed = attending.attention(q, k, v, mask_BLM)
-        found = layers.linear(mixed, block.w_o[...], contract=2)
+        w_o = layers.use(block.w_o, mixed.dtype)
+        found = layers.linear(mixed, w_o, contract=2)
         return found, block.finish(x_BLD, mixed, config.norm_eps)
 
     found, found_block = run(block, x_BLD)
