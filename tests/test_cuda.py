@@ -16,6 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from radit_jax import optim, sharding
 from radit_jax.batch import Candidates, Packed
 from radit_jax.inference import generate
+from radit_jax.inference.packing import PromptRows
 from radit_jax.inference.score import target_log_probabilities
 from radit_jax.loop import TrainState
 from radit_jax.models.attention import XLA, Kernel, Layout
@@ -23,10 +24,11 @@ from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.llama import Llama, LlamaConfig
 from radit_jax.retrieval import index
 from radit_jax.stages import lm_ft, r_ft
+from radit_jax.stages.index import make_encode
 
 BF16 = jnp.dtype(jnp.bfloat16)
 CUDNN = Kernel("cudnn")
-ROWS, L, T, C = 8, 32, 8, 4
+ROWS, L, T, C, Q = 8, 32, 8, 4, 2
 LLAMA = LlamaConfig(
     vocab_size=64,
     width=32,
@@ -38,7 +40,7 @@ LLAMA = LlamaConfig(
     max_length=64,
 )
 ENCODER = EncoderConfig(
-    vocab_size=60, width=32, layers=2, heads=8, mlp_width=48, max_length=64
+    vocab_size=60, width=64, layers=2, heads=8, mlp_width=48, max_length=64
 )
 
 
@@ -155,13 +157,15 @@ def test_rows_of_odd_length_are_filled_up():
     assert custom_calls(jax.jit(read), llama(), tokens_BL, layout) == {FORWARD}
 
 
+@pytest.mark.usefixtures("cudnn_is_there")
 def test_generation_reads_prompts_and_decodes():
-    prompts = (llama(), spec(ROWS, L), spec(ROWS))
-    options = {"max_new_tokens": 4, "dtype": BF16}
-    assert custom_calls(generate.prefill, *prompts, **options) == set()
+    rows = PromptRows(*[spec(ROWS, L)] * 4, *[spec(ROWS, Q)] * 5)
+    prompts = (llama(), rows, spec(ROWS, Q))
+    options = {"max_new_tokens": 4, "dtype": BF16, "kernel": CUDNN}
+    assert custom_calls(generate.prefill, *prompts, **options) == {FORWARD}
     state = jax.eval_shape(functools.partial(generate.prefill, **options), *prompts)
     table = spec(LLAMA.vocab_size, dtype=bool, axes=None)
-    arguments = (llama(), state, generate.Stops(table, table, table), spec(ROWS))
+    arguments = (llama(), state, generate.Stops(table, table, table))
     for sampling in (generate.GREEDY, generate.Sampling(0.7, 0.9)):
         options = {"chunk": 4, "sampling": sampling}
         assert custom_calls(generate.decode, *arguments, **options) == set()
@@ -188,15 +192,14 @@ def test_the_step_of_r_ft():
 
 
 def test_embeddings():
-    embed = jax.jit(lambda model, tokens, mask: model(tokens, mask, BF16))
     tokens, mask = spec(ROWS, L), spec(ROWS, L, dtype=bool)
-    assert custom_calls(embed, encoder(), tokens, mask) == set()
+    assert custom_calls(make_encode(BF16), encoder(), tokens, mask) == set()
 
 
 @pytest.mark.parametrize("recall_target", [None, 0.95])
 def test_exact_search(recall_target):
     search = functools.partial(
-        index._exact_search, k=C, size=61, recall_target=recall_target
+        index.exact_search, k=C, size=61, recall_target=recall_target
     )
     queries = spec(ROWS, ENCODER.width, dtype=jnp.float32, axes=None)
     passages = spec(64, ENCODER.width, dtype=jnp.float32, axes=sharding.AXES)
