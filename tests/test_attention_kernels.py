@@ -15,9 +15,9 @@ from radit_jax.models.attention import (
     XLA,
     Kernel,
     Layout,
+    causal_attention,
     choose_kernel,
     heads_first,
-    self_attention,
 )
 from radit_jax.models.remat import REMAT_POLICIES
 
@@ -57,17 +57,17 @@ def inputs(length, groups, dtype=jnp.float32):
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("kernel", "causal"))
-def read(q, k, v, layout, kernel, causal=True):
-    attend = self_attention(layout, causal, kernel)
+@functools.partial(jax.jit, static_argnames="kernel")
+def read(q, k, v, layout, kernel):
+    attend = causal_attention(layout, kernel)
     out = attend(q, heads_first(k), heads_first(v))
     # What padding sees is nobody's business.
     return jnp.where((layout.segment_ids_BL > 0)[:, :, None, None], out, 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("kernel", "causal"))
-def read_and_gradients(q, k, v, d_out, layout, kernel, causal=True):
-    out, pull = jax.vjp(lambda *qkv: read(*qkv, layout, kernel, causal), q, k, v)
+@functools.partial(jax.jit, static_argnames="kernel")
+def read_and_gradients(q, k, v, d_out, layout, kernel):
+    out, pull = jax.vjp(lambda q, k, v: read(q, k, v, layout, kernel), q, k, v)
     return [out, *pull(d_out)]
 
 
@@ -90,19 +90,6 @@ def test_splash_and_its_gradients_are_those_of_xla(sizes, groups):
         expected = read_and_gradients(*inputs(160, groups), layout_of(160), XLA)
         for ours, theirs in zip(found, expected, strict=True):
             close(ours, theirs)
-
-
-@pytest.mark.parametrize("sizes", MESHES[:2], ids=str)
-def test_rows_whose_tokens_see_each_other(sizes):
-    with jax.set_mesh(sharding.make_mesh(*sizes)):
-        layout, arrays = layout_of(130), inputs(130, 8)
-        found, expected, causal = (
-            read_and_gradients(*arrays, layout, kernel, causal)
-            for kernel, causal in ((SPLASH, False), (XLA, False), (XLA, True))
-        )
-        for ours, theirs in zip(found, expected, strict=True):
-            close(ours, theirs)
-        assert np.abs(found[0] - causal[0]).max() > 0.1
 
 
 def test_blocks_of_a_long_row_are_put_together(monkeypatch):
@@ -141,7 +128,7 @@ def test_a_gradient_through_shared_beginnings_is_refused():
 def test_padding_is_finite_and_no_one_sees_it():
     with jax.set_mesh(sharding.make_mesh()):
         layout, (q, k, v, d_out) = layout_of(160), inputs(160, 2)
-        attend = self_attention(layout, True, SPLASH)
+        attend = causal_attention(layout, SPLASH)
         real = (layout.segment_ids_BL > 0)[:, :, None, None]
         wild = [jnp.where(real, x, 1e4) for x in (q, k, v)]
         out, pull = jax.vjp(
@@ -161,7 +148,7 @@ def test_rows_of_nothing_but_padding_are_finite():
         zeros = sharding.put_rows(np.zeros((ROWS, 128), np.int32))
         q, k, v, _ = inputs(128, 2)
         for layout in (Layout(zeros, zeros), Layout(zeros, zeros, zeros)):
-            attend = self_attention(layout, True, SPLASH)
+            attend = causal_attention(layout, SPLASH)
             assert jnp.isfinite(attend(q, heads_first(k), heads_first(v))).all()
 
 

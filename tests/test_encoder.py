@@ -11,7 +11,6 @@ import transformers
 
 from radit_jax import sharding
 from radit_jax.models import layers
-from radit_jax.models.attention import Kernel
 from radit_jax.models.encoder import Encoder, EncoderConfig
 
 MESHES = [(1, 1, 1), (2, 2, 2)]
@@ -189,23 +188,6 @@ def test_bfloat16_stays_near_and_returns_float32(reference, pooling):
     assert found.dtype == jnp.float32
     expected = expected_embeddings(reference, pooling, True)
     np.testing.assert_allclose(found, expected, atol=0.02)
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_splash_gives_the_embeddings_of_transformers(reference, pooling, sizes):
-    config = dataclasses.replace(CONFIG, pooling=pooling)
-    with jax.set_mesh(sharding.make_mesh(*sizes)):
-        model = ours(reference, config)
-        kernel = Kernel("splash", interpret=True)
-        encode = jax.jit(lambda *rows: model(*rows, kernel=kernel))
-        rows = [sharding.put_rows(x) for x in batch()]
-        program = str(jax.make_jaxpr(encode)(*rows))
-        found = encode(*rows)
-    assert "splash_mha_fwd" in program
-    np.testing.assert_allclose(
-        found, expected_embeddings(reference, pooling, False), rtol=1e-5, atol=1e-5
-    )
 
 
 def test_wrong_configs_are_told():

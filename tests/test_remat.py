@@ -7,7 +7,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from radit_jax import sharding
-from radit_jax.models.attention import Layout, self_attention
+from radit_jax.models.attention import Layout, causal_attention
 from radit_jax.models.layers import rope_tables
 from radit_jax.models.llama import Block, LlamaConfig
 from radit_jax.models.remat import QKV, REMAT_POLICIES
@@ -44,7 +44,7 @@ def backward_products(policy):
         ids_BL = sharding.put_rows(np.ones((2, 16), np.int32))
         layout = Layout(ids_BL, ids_BL)
         tables = rope_tables(CONFIG.rope, CONFIG.head_size, ids_BL, 16)
-        attend = self_attention(layout, causal=True)
+        attend = causal_attention(layout)
         block = Block(CONFIG, jax.random.key(0))
         x_BLD = sharding.put_rows(np.ones((2, 16, 32), np.float32))
 

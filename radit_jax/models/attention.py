@@ -161,21 +161,20 @@ def attention(
 Attend = Callable[[Array, Array, Array], Array]
 
 
-def self_attention(layout: Layout, causal: bool, kernel: Kernel = XLA) -> Attend:
-    """Attention of rows within themselves, made ready once for all layers.
+def causal_attention(layout: Layout, kernel: Kernel = XLA) -> Attend:
+    """Attention of packed rows within themselves, made ready once for all layers.
 
-    In causal rows the tokens of a segment stand in the order of their positions, and
-    after the beginning that they go on from. Padding gets something finite, which must
-    not be used.
+    The tokens of a segment stand in the order of their positions, and after the
+    beginning that they go on from. Padding gets something finite, which must not be
+    used.
 
     Args:
         layout: of queries and keys.
-        causal: a token sees none of a later position.
         kernel: what computes it.
     """
     if kernel.name == "xla":
-        mask_BLM = attention_mask(layout, layout, causal)
-        return functools.partial(attention, mask_BLM=mask_BLM, in_order=causal)
+        mask_BLM = attention_mask(layout, layout, causal=True)
+        return functools.partial(attention, mask_BLM=mask_BLM, in_order=True)
     L = layout.segment_ids_BL.shape[1]
     more = -L % MULTIPLES[kernel.name]
     segments_BL, prefixes_BL = (
@@ -193,7 +192,6 @@ def self_attention(layout: Layout, causal: bool, kernel: Kernel = XLA) -> Attend
             attention_splash.attend,
             segment_ids_BL=segments_BL,
             prefix_ids_BL=prefixes_BL,
-            causal=causal,
             interpret=kernel.interpret,
         )
     else:
@@ -203,9 +201,7 @@ def self_attention(layout: Layout, causal: bool, kernel: Kernel = XLA) -> Attend
             mask_BLM |= (prefixes_BL[:, :, None] == segments_BL[:, None, :]) & (
                 prefixes_BL[:, :, None] != 0
             )
-        room = functools.partial(
-            attention_cudnn.attend, mask_BLM=mask_BLM, causal=causal
-        )
+        room = functools.partial(attention_cudnn.attend, mask_BLM=mask_BLM)
 
     def attend(q_BLHK: Array, k_BGLK: Array, v_BGLK: Array) -> Array:
         k_BGLK, v_BGLK = _split_like(q_BLHK, k_BGLK, v_BGLK)

@@ -18,9 +18,8 @@ def attend(
     k_BGLK: Float[Array, "B G L K"],
     v_BGLK: Float[Array, "B G L K"],
     mask_BLM: Bool[Array, "B L M"],
-    causal: bool,
 ) -> Float[Array, "B L H K"]:
-    """Attention of rows within themselves, scores and softmax in float32.
+    """Causal attention of rows within themselves, scores and softmax in float32.
 
     The kernel knows causal rows, of which it skips blocks behind the diagonal, and a
     bias for everything else: the mask becomes one of [B, 1, L, L] in the compute dtype,
@@ -31,7 +30,6 @@ def attend(
         k_BGLK: keys of the same tokens, heads first and split like the queries'.
         v_BGLK: values.
         mask_BLM: True where a query may attend to a key; at least to itself.
-        causal: a token sees none that comes after it in the row.
     """
     rows, length, head, within = jax.typeof(q_BLHK).sharding.spec
     assert (length, within) == (None, None), "a device needs whole rows and heads"
@@ -42,7 +40,7 @@ def attend(
             k_BGLK.transpose(0, 2, 1, 3),
             v_BGLK.transpose(0, 2, 1, 3),
             mask=mask_BLM[:, None],
-            is_causal=causal,
+            is_causal=True,
             implementation="cudnn",
         )
 

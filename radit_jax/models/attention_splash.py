@@ -1,7 +1,7 @@
 """Attention by the splash kernel of JAX (Pallas), on TPUs.
 
 Scores of a block of queries and keys live on the chip and nowhere else, forward and
-backward, and of causal rows blocks behind the diagonal are never made.
+backward, and blocks behind the diagonal are never made.
 """
 
 import functools
@@ -29,10 +29,9 @@ def attend(
     v_BGLK: Float[Array, "B G L K"],
     segment_ids_BL: Int[Array, "B L"],
     prefix_ids_BL: Int[Array, "B L"] | None,
-    causal: bool,
     interpret: bool,
 ) -> Float[Array, "B L H K"]:
-    """Attention of rows within themselves, scores and softmax in float32.
+    """Causal attention of rows within themselves, scores and softmax in float32.
 
     Each device runs the kernel on its own rows and heads. Padding attends to padding:
     finite, and no other token sees it.
@@ -48,7 +47,6 @@ def attend(
         v_BGLK: values.
         segment_ids_BL: 0 is padding.
         prefix_ids_BL: see ``attention.Layout``.
-        causal: a token sees none that comes after it in the row.
         interpret: run the kernel as plain JAX, for tests without a TPU.
 
     Raises:
@@ -66,7 +64,7 @@ def attend(
         ids.append(jnp.where(prefix_ids_BL == 0, NOTHING, prefix_ids_BL))
     heads = jax.P(rows, head, None, None)
     out_BHLK = jax.shard_map(
-        functools.partial(local, causal=causal, interpret=interpret),
+        functools.partial(local, interpret=interpret),
         in_specs=(heads, heads, heads, *(jax.P(rows, None) for _ in ids)),
         out_specs=heads,
         # The kernel does not say over which axes its outputs vary.
@@ -76,15 +74,10 @@ def attend(
 
 
 def _own(
-    q_BHLK: Array,
-    k_BGLK: Array,
-    v_BGLK: Array,
-    ids_BL: Array,
-    causal: bool,
-    interpret: bool,
+    q_BHLK: Array, k_BGLK: Array, v_BGLK: Array, ids_BL: Array, interpret: bool
 ) -> Array:
     """Attention to the own segment, on one device."""
-    kernel = _kernel(q_BHLK.shape, causal, interpret)
+    kernel = _kernel(q_BHLK.shape, interpret)
     return jax.vmap(kernel)(q_BHLK, k_BGLK, v_BGLK, splash.SegmentIds(ids_BL, ids_BL))
 
 
@@ -94,11 +87,10 @@ def _own_and_prefix(
     v_BGLK: Array,
     ids_BL: Array,
     prefix_ids_BL: Array,
-    causal: bool,
     interpret: bool,
 ) -> Array:
     """Attention to the own segment and to another one, on one device."""
-    kernel = _kernel(q_BHLK.shape, causal, interpret, save_residuals=True)
+    kernel = _kernel(q_BHLK.shape, interpret, save_residuals=True)
     outs, normalisers = [], []
     for query_ids_BL in (ids_BL, prefix_ids_BL):
         ids = splash.SegmentIds(query_ids_BL, ids_BL)
@@ -116,14 +108,13 @@ def _own_and_prefix(
 
 
 def _kernel(
-    shape: tuple[int, ...], causal: bool, interpret: bool, save_residuals: bool = False
+    shape: tuple[int, ...], interpret: bool, save_residuals: bool = False
 ) -> Any:
     """The kernel for one row of queries [B, H, L, K]."""
     _, H, L, _ = shape
     block = max(n for n in range(MULTIPLE, BLOCK + 1, MULTIPLE) if L % n == 0)
-    mask = splash.CausalMask((L, L)) if causal else splash.FullMask((L, L))
     return splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([mask] * H),
+        splash.MultiHeadMask([splash.CausalMask((L, L))] * H),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,

@@ -23,8 +23,8 @@ from radit_jax.models.attention import (
     Layout,
     attention,
     attention_mask,
+    causal_attention,
     heads_first,
-    self_attention,
 )
 from radit_jax.models.layers import (
     Rope,
@@ -184,7 +184,7 @@ class Llama(nnx.Module):
     ) -> tuple[Array, tuple[Array, Array] | None]:
         """Hidden states, and each layer's keys and values [S, B, G, L, K] if kept."""
         config = self.config
-        attend = self_attention(layout, causal=True, kernel=kernel)
+        attend = causal_attention(layout, kernel)
         tables = rope_tables(
             config.rope, config.head_size, layout.positions_BL, tokens_BL.shape[1]
         )

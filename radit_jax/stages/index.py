@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from radit_jax import sharding
 from radit_jax.data.corpus import PassageStore
 from radit_jax.data.tokenize import Tokenizer, load_tokenizer
-from radit_jax.models.attention import XLA, Kernel
 from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.huggingface import load_encoder, read_encoder_config
 from radit_jax.retrieval.embed import EmbeddingStore, EmbedStats, embed_passages
@@ -24,7 +23,6 @@ from radit_jax.retrieval.index import (
 )
 from radit_jax.stages.stage import (
     Stage,
-    attention_kernel,
     compute_dtype,
     field_fingerprint,
     section,
@@ -122,13 +120,13 @@ def score_temperature(config: ConfigDict, field: str) -> float:
 
 
 def make_encode(
-    dtype: jnp.dtype, kernel: Kernel = XLA
+    dtype: jnp.dtype,
 ) -> Callable[[Encoder, jax.Array, jax.Array], jax.Array]:
     """The jitted function from token ids and mask, rows on the mesh, to embeddings."""
 
     @jax.jit
     def apply(encoder: Encoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return encoder(tokens, mask, dtype, kernel)
+        return encoder(tokens, mask, dtype)
 
     return apply
 
@@ -140,8 +138,7 @@ def encoding(
 
     Batch and encoder are those of this process, on its ``own_mesh``.
     """
-    head_size = tower_config(config, config.encoder).head_size
-    apply = make_encode(compute_dtype(config), attention_kernel(config, head_size))
+    apply = make_encode(compute_dtype(config))
 
     def encode(
         encoder: Encoder, tokens_BL: np.ndarray, mask_BL: np.ndarray
