@@ -186,8 +186,8 @@ NOTES = """## What the plans show
   chips, policies down to `full` trade FLOPs for memory; `plan` finds which fits.
 - Over `fsdp` a decoding step gathers all weights for one token of every prompt, which
   is many times its other work: generation is planned with all chips on `tensor`.
-- Embedding waits for memory, with the fused kernel too, for which passages of 160
-  tokens are filled up to 256 (XLA's attention: 42 % at most, instead of 36 %).
+- Embedding waits for memory: its attention writes all scores. The fused kernel does not
+  help (36 % at most): it fills passages of 160 tokens up to 256.
 - Exact search reads every passage once for a block of 128 queries, and `approx_max_k`
   (expected recall 0.95 on each chip) keeps scores out of memory. 399M passages of 768
   numbers in bfloat16 are 571 GiB.

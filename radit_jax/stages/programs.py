@@ -231,8 +231,6 @@ def embed_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     """A batch of stage ``index``, of passages of one length."""
     model, L = encoder_config(shape), shape.passage_tokens
     B = config.index.batch_tokens // L
-    head_size = model.width // model.heads
-    kernel = choose_kernel(config.attention, PLATFORM, DTYPE, head_size)
     key = _key()
     with aot.tracing(mesh):
         sharding.check_rows(B, f"index.batch_tokens / {L} = {B} passages")
@@ -242,7 +240,7 @@ def embed_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         for dtype in (jnp.int32, jnp.bool_)
     )
     return Program(
-        index.make_encode(DTYPE, kernel),
+        index.make_encode(DTYPE),
         (aot.on(mesh, encoder), tokens, mask),
         {"encoder": WEIGHTS},
         B * L * encoder_flops(model, L),
