@@ -171,12 +171,6 @@ def test_generation_reads_prompts_and_decodes():
         assert custom_calls(generate.decode, *arguments, **options) == set()
 
 
-def test_a_kernel_of_another_platform_does_not_lower():
-    step = functools.partial(target_log_probabilities, kernel=Kernel("splash"))
-    with pytest.raises(ValueError, match="Cannot lower pallas_call on platform: gpu"):
-        custom_calls(jax.jit(step), llama(), packed())
-
-
 def test_the_step_of_r_ft():
     batch = Candidates(
         tokens_BL=spec(ROWS, L),
