@@ -22,7 +22,6 @@ DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
 ROWS = (DATA, FSDP)
 ROWS_B = jax.P(ROWS)
 ROWS_BL = jax.P(ROWS, None)
-ROWS_BLX = jax.P(ROWS, None, None)
 # Of micro-batches, one after the other.
 PARTS_BL = jax.P(None, ROWS, None)
 ACT_BLD = jax.P(ROWS, None, None)

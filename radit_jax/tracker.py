@@ -146,17 +146,6 @@ class NoTracker:
     ) -> None:
         """Nothing is recorded."""
 
-    def __enter__(self) -> "NoTracker":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """There is nothing to close."""
-
 
 def _scalar(name: object, value: SupportsFloat) -> float:
     if not isinstance(name, str):

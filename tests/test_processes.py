@@ -506,7 +506,7 @@ def failing_door(arguments, number):
 
     def command(config):
         if processes.index() == number:
-            raise OSError(28, "No space left on device", "/work/index")
+            raise OSError(28, "No space left on device", "index")
         processes.barrier("never")
 
     main.COMMANDS["radit"] = command

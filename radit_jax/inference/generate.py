@@ -157,7 +157,7 @@ def prefill(
         rows.tokens_BL, layout, L + Q * max_new_tokens, dtype, kernel
     )
     empty = functools.partial(
-        jnp.zeros, (B, Q, max_new_tokens), out_sharding=sharding.ROWS_BLX
+        jnp.zeros, (B, Q, max_new_tokens), out_sharding=sharding.rows_spec(3)
     )
     return Decoding(
         cache=cache,
@@ -177,7 +177,7 @@ def prefill(
 
 def _logits(model: Llama, hidden_BQD: Array) -> Array:
     """Logits [B, Q, V], whole on the devices of the row."""
-    return reshard(model.logits(hidden_BQD), sharding.ROWS_BLX)
+    return reshard(model.logits(hidden_BQD), sharding.rows_spec(3))
 
 
 @functools.partial(
@@ -283,7 +283,7 @@ def _mixed(log_BQV: Array, mixing: Mixing) -> Array:
         precision="highest",
         out_sharding=sharding.ROWS_BL,
     )
-    return jnp.reshape(jnp.log(mixed_NV), (B, Q, V), out_sharding=sharding.ROWS_BLX)
+    return jnp.reshape(jnp.log(mixed_NV), (B, Q, V), out_sharding=sharding.rows_spec(3))
 
 
 def _choose(
@@ -449,25 +449,25 @@ def _generate(
     # Of a prompt, the number of its group; the group's results are those of its first.
     numbers = np.repeat(np.arange(len(groups)), np.diff(firsts))
     stops = stop_tokens(tokenizer, stop, model.config.vocab_size)
+    generator = _Generator(
+        model=model,
+        tokenizer=tokenizer,
+        stops=stops,
+        stop=stop,
+        sampling=sampling,
+        groups=numbers,
+        weights=weights,
+    )
     results: dict[int, Generated] = {}
     for rows in packing.pack(prompts, together, max_new_tokens, batch_tokens):
-        batch = _Batch(
-            model=model,
-            tokenizer=tokenizer,
-            stops=stops,
-            stop=stop,
-            sampling=sampling,
-            groups=numbers,
-            weights=weights,
-        )
-        found = batch.run(rows, max_new_tokens, dtype, kernel)
+        found = generator.run(rows, max_new_tokens, dtype, kernel)
         results |= found
         if progress is not None:
             progress(len({int(numbers[place]) for place in found}))
     return [results[first] for first in firsts[:-1].tolist()]
 
 
-class _Batch(NamedTuple):
+class _Generator(NamedTuple):
     """How rows of prompts are continued."""
 
     model: Llama

@@ -16,11 +16,7 @@ from radit_jax.data.tokenize import Tokenizer, load_tokenizer
 from radit_jax.models.encoder import Encoder, EncoderConfig
 from radit_jax.models.huggingface import load_encoder, read_encoder_config
 from radit_jax.retrieval.embed import EmbeddingStore, EmbedStats, embed_passages
-from radit_jax.retrieval.index import (
-    Built,
-    ScannSettings,
-    build_index,
-)
+from radit_jax.retrieval.index import Built, ScannSettings, build_index
 from radit_jax.stages.stage import (
     Stage,
     compute_dtype,

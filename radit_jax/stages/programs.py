@@ -104,7 +104,6 @@ def lm_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
 def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     """A batch of stage ``lm_score``: packed rows, answers after their passages."""
     section, model = config.lm_score, llama_config(shape)
-    kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
     B, L, T = section.rows, section.row_tokens, section.row_targets
     key = _key()
     kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
@@ -206,8 +205,7 @@ def r_ft_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
         )
 
     def of(*shape: int, dtype: Any = jnp.int32) -> Any:
-        spec = jax.P(sharding.ROWS, *(None,) * (len(shape) - 1))
-        return aot.array(mesh, shape, dtype, spec)
+        return aot.array(mesh, shape, dtype, sharding.rows_spec(len(shape)))
 
     batch = Candidates(
         of(B, L),

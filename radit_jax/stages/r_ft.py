@@ -234,10 +234,11 @@ def _passages(towers: Towers, batch: Candidates, dtype: jnp.dtype) -> Array:
     assert tokens is not None
     assert mask is not None
     B, C, L = tokens.shape
-    rows, whole = (jax.P(sharding.ROWS, *(None,) * n) for n in (1, 2))
-    flat = functools.partial(jnp.reshape, shape=(B * C, L), out_sharding=rows)
+    flat = functools.partial(
+        jnp.reshape, shape=(B * C, L), out_sharding=sharding.ROWS_BL
+    )
     found_BE = towers.context(flat(tokens), flat(mask), dtype)
-    return jnp.reshape(found_BE, (B, C, -1), out_sharding=whole)
+    return jnp.reshape(found_BE, (B, C, -1), out_sharding=sharding.rows_spec(3))
 
 
 def _in_batch(

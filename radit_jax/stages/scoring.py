@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
@@ -170,8 +169,7 @@ class PromptScorer:
         """As many batches on every process, with the owners of everyone's rows."""
         while True:
             packed = next(batches, None)
-            going = multihost_utils.process_allgather(np.array(packed is not None))
-            if not going.any():
+            if not sharding.any_process(packed is not None):
                 return
             if packed is None:
                 packed = pipeline.empty_batch(self.mixture)

@@ -159,10 +159,10 @@ def initial_state(params: Any, tx: Any, step: Array, key_data: Array) -> TrainSt
 
 def _tracker(
     config: ConfigDict, folder: Path, restored: int | None
-) -> Tracker | NoTracker:
+) -> contextlib.AbstractContextManager[Tracker | NoTracker]:
     """Of several processes the first one keeps the metrics, which are those of all."""
     if not processes.first():
-        return NoTracker()
+        return contextlib.nullcontext(NoTracker())
     return Tracker(
         folder,
         resume_step=0 if restored is None else restored + 1,
