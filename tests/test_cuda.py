@@ -171,6 +171,14 @@ def test_generation_reads_prompts_and_decodes():
         assert custom_calls(generate.decode, *arguments, **options) == set()
 
 
+def test_a_kernel_of_another_platform_does_not_lower():
+    step = functools.partial(target_log_probabilities, kernel=Kernel("splash"))
+    # JAX words it in one of two ways, by which of its GPU kernels were imported.
+    words = "Cannot lower pallas_call on platform: gpu|cannot be used for gpu lowering"
+    with pytest.raises(ValueError, match=words):
+        custom_calls(jax.jit(step), llama(), packed())
+
+
 def test_the_step_of_r_ft():
     batch = Candidates(
         tokens_BL=spec(ROWS, L),
