@@ -29,16 +29,17 @@ ROWS, H, K = 4, 8, 16
 def layout_of(length, prefixes=False):
     """Rows of uneven segments, padding on both sides; perhaps with beginnings.
 
-    With beginnings, segment 1 of a row begins all the others, as ``lm_score`` packs.
+    With beginnings, segment 1 of a row begins the others, as ``lm_score`` packs, but
+    for the last one, which stands alone.
     """
     segments, positions, before = np.zeros((3, ROWS, length), np.int32)
     for row in range(ROWS):
         bounds = [3 * row, 40 + row, 41 + row, 90, 100 + 2 * row, length - 7 * row]
         for n, (start, stop) in enumerate(itertools.pairwise(bounds), 1):
             segments[row, start:stop] = n
-            offset = bounds[1] - bounds[0] if prefixes and n > 1 else 0
+            before[row, start:stop] = n < 5
+            offset = bounds[1] - bounds[0] if prefixes and 1 < n < 5 else 0
             positions[row, start:stop] = np.arange(stop - start) + offset
-            before[row, start:stop] = 1
     parts = (segments, positions, before) if prefixes else (segments, positions)
     return Layout(*map(sharding.put_rows, parts))
 
@@ -77,8 +78,11 @@ def close(found, expected, tolerance=2e-5):
     )
 
 
-@pytest.mark.parametrize("groups", [1, 2, 8])
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [(MESHES[0], 1), (MESHES[1], 2), (MESHES[1], 8), (MESHES[2], 2), (MESHES[2], 8)],
+    ids=str,
+)
 def test_splash_and_its_gradients_are_those_of_xla(sizes, groups):
     """Rows of 160 are filled up to 256; on (1, 1, 8) key heads meet more devices."""
     with jax.set_mesh(sharding.make_mesh(*sizes)):
@@ -107,6 +111,17 @@ def test_blocks_of_a_long_row_are_put_together(monkeypatch):
             close(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("length", "blocks"), [(256, "i8[1,1,1]"), (640, "i8[1,5,5]"), (1024, "i8[1,2,2]")]
+)
+def test_blocks_are_as_large_as_divide_the_row(length, blocks):
+    with jax.set_mesh(sharding.make_mesh()):
+        of_splash = functools.partial(read, kernel=SPLASH)
+        arrays = (*inputs(length, 2)[:3], layout_of(length))
+        # The static mask of blocks of queries and keys.
+        assert blocks in str(jax.make_jaxpr(of_splash)(*arrays))
+
+
 @pytest.mark.parametrize("sizes", MESHES[:2], ids=str)
 def test_splash_reads_a_beginning_that_segments_share(sizes):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
@@ -125,31 +140,43 @@ def test_a_gradient_through_shared_beginnings_is_refused():
             read_and_gradients(*arrays, layout, SPLASH)
 
 
+@functools.partial(jax.jit, static_argnames="kernel")
+def raw(q, k, v, d_out, layout, kernel):
+    """As ``read_and_gradients``, padding as it comes."""
+    attend = causal_attention(layout, kernel)
+    out, pull = jax.vjp(
+        lambda q, k, v: attend(q, heads_first(k), heads_first(v)), q, k, v
+    )
+    return [out, *pull(d_out)]
+
+
 def test_padding_is_finite_and_no_one_sees_it():
     with jax.set_mesh(sharding.make_mesh()):
-        layout, (q, k, v, d_out) = layout_of(160), inputs(160, 2)
-        attend = causal_attention(layout, SPLASH)
+        layout, (q, k, v, d_out) = layout_of(130), inputs(130, 2)
         real = (layout.segment_ids_BL > 0)[:, :, None, None]
-        wild = [jnp.where(real, x, 1e4) for x in (q, k, v)]
-        out, pull = jax.vjp(
-            lambda q, k, v: attend(q, heads_first(k), heads_first(v)), *wild
-        )
-        assert jnp.isfinite(out).all()
         assert not real.all()
+        wild = [jnp.where(real, x, 1e4) for x in (q, k, v)]
+        out, *gradients = raw(*wild, jnp.where(real, d_out, 0.0), layout, SPLASH)
+        assert jnp.isfinite(out).all()
         calm = read(q, k, v, layout, SPLASH)
         np.testing.assert_array_equal(jnp.where(real, out, 0.0), calm)
-        for gradient in pull(jnp.where(real, d_out, 0.0)):
+        for gradient in gradients:
             assert jnp.isfinite(gradient).all()
             assert not jnp.where(real, 0.0, gradient).any()
 
 
-def test_rows_of_nothing_but_padding_are_finite():
+@pytest.mark.parametrize("prefixes", [False, True])
+def test_rows_of_nothing_but_padding_are_finite(prefixes):
     with jax.set_mesh(sharding.make_mesh()):
         zeros = sharding.put_rows(np.zeros((ROWS, 128), np.int32))
+        layout = Layout(zeros, zeros, zeros if prefixes else None)
         q, k, v, _ = inputs(128, 2)
-        for layout in (Layout(zeros, zeros), Layout(zeros, zeros, zeros)):
-            attend = causal_attention(layout, SPLASH)
-            assert jnp.isfinite(attend(q, heads_first(k), heads_first(v))).all()
+
+        @jax.jit
+        def attend(q, k, v):
+            return causal_attention(layout, SPLASH)(q, heads_first(k), heads_first(v))
+
+        assert jnp.isfinite(attend(q, k, v)).all()
 
 
 def test_bfloat16_stays_near():

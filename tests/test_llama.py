@@ -235,7 +235,7 @@ def test_rotation_equals_transformers(kind):
     close(layers.rotate(q_BLHK, tables), expected.transpose(1, 2), 1e-5)
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)], ids=str)
 def test_embeddings_are_rows_of_the_table(sizes):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
         model = ours(published())
@@ -249,16 +249,16 @@ def test_embeddings_are_rows_of_the_table(sizes):
         )
 
 
-@pytest.mark.parametrize("wrong", [-1, 64, 10**6])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_a_token_beyond_the_vocabulary_is_not_a_number(sizes, wrong):
+def test_a_token_beyond_the_vocabulary_is_not_a_number(sizes):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
         model = ours(published())
         tokens_BL = tokens(8, 3)
-        tokens_BL[1, 2] = wrong
+        tokens_BL[1, 2], tokens_BL[2, 0], tokens_BL[7, 1] = -1, 64, 10**6
         found = np.asarray(model.embed(sharding.put_rows(tokens_BL), jnp.float32))
-    assert np.isnan(found[1, 2]).all()
-    assert np.isnan(found).sum() == CONFIG.width
+    wrong_BL = (tokens_BL < 0) | (tokens_BL >= 64)
+    np.testing.assert_array_equal(np.isnan(found).all(-1), wrong_BL)
+    assert np.isnan(found).sum() == 3 * CONFIG.width
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
@@ -500,8 +500,11 @@ def test_loss_and_gradients_are_the_same_on_every_mesh(reference, expected, size
         jax.tree.map(lambda a, b: close(a, b, 1e-5), found, expected)
 
 
-@pytest.mark.parametrize("remat", ["none", "mlp"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 4), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "remat"),
+    [((1, 1, 1), "none"), ((2, 1, 4), "mlp"), ((2, 2, 2), "none")],
+    ids=str,
+)
 def test_tokens_split_between_layers_change_nothing(reference, expected, sizes, remat):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
         model = ours(reference)

@@ -131,12 +131,10 @@ def loss(model, batch):
     return (target_log_probabilities(model, batch) * batch.weights_BT).sum()
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_a_model_is_scored_the_same_in_chunks(sizes, tied, monkeypatch):
-    config = dataclasses.replace(CONFIG, tied=tied)
-    with jax.set_mesh(sharding.make_mesh(*sizes)):
-        model, rows = Llama(config, jax.random.key(0)), batch()
+def test_a_model_is_scored_the_same_in_chunks(monkeypatch):
+    config = dataclasses.replace(CONFIG, tied=True)
+    with jax.set_mesh(sharding.make_mesh(2, 2, 2)):
+        model, rows = jax.jit(lambda: Llama(config, jax.random.key(0)))(), batch()
         whole = jax.jit(jax.value_and_grad(loss))(model, rows)
         monkeypatch.setattr(score, "LOGITS_BYTES", 3 * 4 * V)
         found = jax.jit(jax.value_and_grad(lambda m, b: loss(m, b)))(model, rows)
@@ -147,7 +145,8 @@ def test_a_model_is_scored_the_same_in_chunks(sizes, tied, monkeypatch):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
 def test_logits_beyond_the_budget_are_never_there_as_a_whole(sizes, monkeypatch):
     with jax.set_mesh(sharding.make_mesh(*sizes)):
-        model, rows = Llama(CONFIG, jax.random.key(0)), batch()
+        model = jax.eval_shape(lambda: Llama(CONFIG, jax.random.key(0)))
+        rows = batch()
         tokens, words = B * T // sharding.row_shards(), V // sizes[2]
         enough = 4 * tokens * words
         for budget, whole in ((enough, True), (enough - 1, False)):
