@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import lm_ft, prepare, r_ft
-from configs.base import FACTBOOK, SMALL, base
+from configs.base import FACTBOOK, PAPER, SMALL, base
 
 
 def section(config: ConfigDict, variant: str) -> None:
@@ -55,6 +55,13 @@ def section(config: ConfigDict, variant: str) -> None:
     c.limit = 0  # questions per test file, 0 for all
     c.batch_tokens = 65536  # rows x tokens of a generation batch
     c.examples = 8  # answers shown side by side in the report
+    # That of the run, unless it is set.
+    sizes = ("data", "fsdp", "tensor")
+    c.mesh = ConfigDict({size: config.mesh.get_ref(size).to_int() for size in sizes})
+    if variant in PAPER:
+        # Over fsdp, each step of decoding would gather all weights for one token of
+        # every prompt.
+        c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": -1})
     if variant in (*FACTBOOK, "tiny"):
         c.score_temperature = 0.05
     if variant in (*SMALL, "tiny"):

@@ -28,7 +28,9 @@ RECIPES = {
     "lm_ft:llama3_70b": "v5p:4x4x4",
     "lm_score:llama_7b": "v5e:4x4",
     "lm_score:llama_65b": "v5p:4x4x4",
+    "prefill:llama_7b": "v5e:4x4",
     "generate:llama_7b": "v5e:4x4",
+    "prefill:llama_65b": "v5p:4x4x4",
     "generate:llama_65b": "v5p:4x4x4",
     "r_ft:dragon_plus": "v5e:4x4",
     "embed:dragon_plus": "v5e:2x4",
@@ -78,11 +80,9 @@ def _recipe(stage: str, model: str) -> dict[str, ConfigDict]:
         shape.pairs = 947_000 * (config.lm_score.passages + 1)
         shape.pair_tokens = 260
         return {"config": config, "shape": shape}
-    if stage == "generate":
+    if stage in ("prefill", "generate"):
         # Of 2500 dev questions, after each of 10 passages.
         config, shape = evaluate.get_config(model), models.shape(model)
-        # Over fsdp every token would gather all weights anew.
-        config.mesh.update({"data": 1, "fsdp": 1, "tensor": -1})
         shape.answers = 2500 * config.evaluate.passages
         shape.row_tokens, shape.prompts, shape.new = 1024, 4, 32
         return {"config": config, "shape": shape}

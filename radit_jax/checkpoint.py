@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
+from jax.typing import DTypeLike
 from orbax.checkpoint import v1 as ocp
 
 log = logging.getLogger(__name__)
@@ -148,13 +149,17 @@ class Checkpoints:
             "run the same command again to go on from there"
         )
 
-    def restore(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+    def restore(
+        self, step: int, targets: Mapping[str, Any], dtype: DTypeLike | None = None
+    ) -> dict[str, Any]:
         """Read trees back onto the current mesh, whichever mesh wrote them.
 
         Args:
             step: which checkpoint.
             targets: name -> tree of arrays (or their abstract values) to fill, or an
                 object with its own state such as a Grain iterator.
+            dtype: that all arrays are read as, whatever they were written as; None: as
+                they were.
 
         Raises:
             CheckpointError: the checkpoint has other arrays, shapes or dtypes, or is
@@ -166,6 +171,10 @@ class Checkpoints:
             if _is_arrays(target):
                 wanted[name] = abstract(target)
                 self._check(step, name, wanted[name])
+                if dtype is not None:
+                    wanted[name] = jax.tree.map(
+                        lambda x: x.update(dtype=dtype), wanted[name]
+                    )
         try:
             return self._checkpointer.load_checkpointables(step, wanted)
         except _FAILURES as error:

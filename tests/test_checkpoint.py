@@ -81,6 +81,18 @@ def test_a_part_can_be_restored_from_shapes_alone(tmp_path):
     checkpoints.close()
 
 
+def test_arrays_can_be_read_as_another_type(tmp_path):
+    with jax.set_mesh(sharding.make_mesh(1, 4, 2)):
+        checkpoints = saved(tmp_path)
+        shapes = jax.eval_shape(trees_of_zeros)
+        found = checkpoints.restore(3, {"params": shapes}, jnp.bfloat16)["params"]
+        for name, written in trees(3)["params"].items():
+            assert found[name].dtype == jnp.bfloat16
+            assert found[name].sharding == written.sharding
+            np.testing.assert_array_equal(found[name], written.astype(jnp.bfloat16))
+        checkpoints.close()
+
+
 def trees_of_zeros():
     return {
         "w_up": jnp.zeros((16, 8), out_sharding=sharding.W_DF),

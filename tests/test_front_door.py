@@ -305,6 +305,26 @@ def test_the_chain_looks_for_every_file_before_it_starts(door, mine, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mesh.fsdp": 2}, r"\(1, 2, 1\) needs 2 devices, there are 1"),
+        ({"evaluate.mesh.tensor": 2}, r"\(1, 1, 2\) needs 2 devices, there are 1"),
+        ({"attention": "splash"}, r"splash cannot run"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_chain_tries_every_mesh_before_it_starts(
+    door, mine, tmp_path, fields, words
+):
+    workdir = tmp_path / "work"
+    error = refused(
+        door("configs/radit.py:own", workdir=workdir, **own(mine), **fields)
+    )
+    assert re.search(words, error), error
+    assert not workdir.exists()
+
+
 @pytest.mark.parametrize("stage", ["r_ft", "evaluate"])
 def test_the_chain_asks_for_temperatures_before_it_starts(door, mine, tmp_path, stage):
     fields = own(mine)

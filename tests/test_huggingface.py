@@ -1,5 +1,6 @@
 """Folders as transformers writes them: loaded whole, in parts, and refused in words."""
 
+import functools
 import json
 import types
 
@@ -101,16 +102,17 @@ def edit_weights(folder, change):
     save_file(weights, file)
 
 
-@jax.jit
-def jitted_logits(model, tokens_BL, layout):
-    return model.logits(model.hidden(tokens_BL, layout))
+@functools.partial(jax.jit, static_argnames="dtype")
+def jitted_logits(model, tokens_BL, layout, dtype):
+    return model.logits(model.hidden(tokens_BL, layout, dtype))
 
 
-def logits(model):
+def logits(model, dtype=np.float32):
     positions_BL = np.broadcast_to(np.arange(10, dtype=np.int32), TOKENS_BL.shape)
     ones_BL = np.ones_like(positions_BL)
     layout = Layout(*(sharding.put_rows(x) for x in (ones_BL, positions_BL)))
-    return np.asarray(jitted_logits(model, sharding.put_rows(TOKENS_BL), layout))
+    tokens_BL = sharding.put_rows(TOKENS_BL)
+    return np.asarray(jitted_logits(model, tokens_BL, layout, dtype))
 
 
 @jax.jit
@@ -168,6 +170,17 @@ def test_llama_loads_onto_every_mesh(tmp_path, sizes):
             assert found.sharding.spec == wanted.sharding.spec
         found = logits(model)
     np.testing.assert_allclose(found, published_logits(reference), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_weights_held_in_the_type_of_compute_compute_the_same(llama, sizes):
+    found = []
+    with jax.set_mesh(sharding.make_mesh(*sizes)):
+        for dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
+            model = load_llama(llama, dtype)
+            assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {dtype}
+            found.append(logits(model, ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)

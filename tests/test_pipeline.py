@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from radit_jax.batch import Example, Packed, Passage
-from radit_jax.data import prompts
+from radit_jax.data import pipeline, prompts
 from radit_jax.data.counting import report
 from radit_jax.data.pipeline import (
     Dataset,
@@ -381,7 +381,7 @@ def test_shapes_are_micro_batches_of_rows():
     kinds = [field.dtype for field in batch]
     assert kinds == [np.dtype(np.int32)] * 5 + [np.dtype(np.float32)]
     batches = training_batches(
-        [dataset("a", 9)], Corpus(), Letters(), mixture, process=1, processes=2
+        [dataset("a", 9)], Corpus(), Letters(), mixture, stream=1, streams=2
     )
     assert take(batches, 1)[0].tokens_BL.shape == (2, 2, 128)
 
@@ -395,15 +395,15 @@ def test_rows_that_do_not_divide_name_the_nearest_number():
             Corpus(),
             Letters(),
             SMALL._replace(rows=10, micro_batches=4),
-            processes=2,
+            streams=2,
         )
 
 
-def test_processes_share_the_epoch_without_overlap():
-    one = dataset("a", 31)  # 62 instances, an odd number per process
+def test_streams_share_the_epoch_without_overlap():
+    one = dataset("a", 31)  # 62 instances, an odd number per stream
     whole = Counter(stream([one], SMALL, 62 * 4))
     parts = [
-        Counter(stream([one], SMALL, 62 * 2, process=p, processes=2)) for p in range(2)
+        Counter(stream([one], SMALL, 62 * 2, stream=p, streams=2)) for p in range(2)
     ]
     assert parts[0] != parts[1]
 
@@ -479,6 +479,23 @@ def test_more_bins_mean_less_padding():
     few, many = share(1), share(32)
     assert many < few
     assert many < 0.12
+
+
+def test_all_streams_together_wait_for_the_bins(monkeypatch):
+    filled, pack = [], pipeline._pack
+
+    def seen(ds, mixture, bins):
+        filled.append(bins)
+        return pack(ds, mixture, bins)
+
+    monkeypatch.setattr(pipeline, "_pack", seen)
+    mixture = SMALL._replace(packing_bins=64)
+    for streams in (1, 4):
+        for stream in range(streams):
+            given = [dataset("a", 30)], Corpus(), Letters(), mixture
+            training_batches(*given, stream, streams).close()
+        assert sum(filled) == 64
+        filled.clear()
 
 
 def test_padding_share_counts_padding():

@@ -147,7 +147,7 @@ def searched(monkeypatch, memory, seconds=100.0, stop_at_fit=True):
         return plan.Plan(
             wanted,
             choice,
-            program=None,
+            program=SimpleNamespace(items=1),
             compiled=SimpleNamespace(refused=""),
             memory=SimpleNamespace(total=int(memory(choice) * full)),
             cost=None,
@@ -180,6 +180,24 @@ def test_a_search_goes_on_past_the_first_fit_until_time_is_up(monkeypatch):
     assert all(fsdp * tensor == 64 for fsdp, tensor in meshes)
     found, made = searched(monkeypatch, lambda c: 2.0, seconds=-1.0)
     assert made == [START]
+
+
+def test_a_search_goes_on_from_the_best_so_far(monkeypatch):
+    found, _ = searched(monkeypatch, lambda c: 2.0**9 / c.micro_batches)
+    assert found[-1].choice.micro_batches == 2**9
+    # Each way there was tried at most once from each choice on it.
+    assert len(found) < 9 * 9
+
+
+def test_what_only_reads_may_have_replicas():
+    choice = Choice(1, 2, 4)
+    meshes = {other[:3] for other in plan.neighbours(choice)}
+    assert meshes == {(1, 1, 8), (1, 4, 2), (2, 2, 2), (2, 1, 4)}
+    trained = choice._replace(remat="dots")
+    assert {other.data for other in plan.neighbours(trained)} == {1}
+    assert (1, 4, 4) in {
+        other[:3] for other in plan.neighbours(Choice(2, 2, 4, "dots"))
+    }
 
 
 def test_ranking_puts_what_fits_first(monkeypatch):

@@ -190,9 +190,12 @@ def chains(group, tmp_path_factory):
     """Work folders in which one process and two have run the whole chain."""
     folder = tmp_path_factory.mktemp("chains")
     fields = SHORT | {"mesh.data": 2, "mesh.fsdp": 2, "stages": (*CHAIN, "export")}
+    # Both processes answer the same questions, each with half of the heads.
+    answering = {"data": 1, "fsdp": 1, "tensor": 4}
+    others = {f"evaluate.mesh.{axis}": size for axis, size in answering.items()}
     with (
         group(folder / "one", 1, 4, **fields) as one,
-        group(folder / "two", 2, 2, **fields) as two,
+        group(folder / "two", 2, 2, **fields, **others) as two,
     ):
         one.succeed()
         two.succeed()

@@ -52,7 +52,8 @@ class Mixture(NamedTuple):
     row_targets: int = 1024  # T, room for loss-carrying tokens in a row
     rows: int = 64  # per optimizer step, all processes together
     micro_batches: int = 1  # gradient accumulation
-    packing_bins: int = 64  # rows packed at once; more means less padding
+    # Rows packed at once, of all streams; more means less padding.
+    packing_bins: int = 64
     bos: bool = True
     every_turn: bool = False  # of a dialogue: whether all its answers carry loss
     seed: int = 0
@@ -384,13 +385,13 @@ def training_batches(
     passages: Passages,
     tokenizer: prompts.Tokenizer,
     mixture: Mixture,
-    process: int = 0,
-    processes: int = 1,
+    stream: int = 0,
+    streams: int = 1,
 ) -> CountingBatches:
     """Packed batches without end, their arrays shaped [micro-batches, rows, ...].
 
-    Every dataset is reshuffled each time it is exhausted. Each process sees its own
-    part of the mixture: every ``processes``-th instance, before packing.
+    Every dataset is reshuffled each time it is exhausted. Each stream has its own
+    part of the mixture: every ``streams``-th instance, before packing.
 
     Raises:
         ValueError: rows do not divide, or a dataset is empty (as ``instances``).
@@ -400,10 +401,10 @@ def training_batches(
             f"lm_ft.plain_text_share = {mixture.plain_text_share} must be at least 0 "
             "and less than 1"
         )
-    parts = processes * mixture.micro_batches
+    parts = streams * mixture.micro_batches
     if mixture.rows % parts:
         raise ValueError(
-            f"lm_ft.rows = {mixture.rows} does not divide over {processes} streams x "
+            f"lm_ft.rows = {mixture.rows} does not divide over {streams} streams x "
             f"{mixture.micro_batches} micro-batches; the nearest multiple is "
             f"{max(round(mixture.rows / parts), 1) * parts}"
         )
@@ -427,12 +428,13 @@ def training_batches(
     mixed = grain.MapDataset.mix(sources, mixture_weights(datasets, mixture))
     rows = mixture.rows // parts
     # Few reading threads: rendering is Python, and the device may be this very CPU.
-    ds = mixed[process::processes].to_iter_dataset(
+    ds = mixed[stream::streams].to_iter_dataset(
         grain.ReadOptions(num_threads=2, prefetch_buffer_size=64)
     )
     names = [dataset.name for dataset in datasets]
     names += [PLAIN_TEXT] * bool(mixture.plain_text_share)
-    ds = _pack(ds, mixture, max(mixture.packing_bins, rows)).map(_Count(len(names)))
+    bins = max(mixture.packing_bins // streams, rows)
+    ds = _pack(ds, mixture, bins).map(_Count(len(names)))
     ds = ds.batch(rows).batch(mixture.micro_batches)
     ahead = grain.experimental.ThreadPrefetchIterDataset(ds, prefetch_buffer_size=2)
     return CountingBatches(lambda: iter(ahead), names, SEEN)

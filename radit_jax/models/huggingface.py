@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from radit_jax import processes, sharding
 from radit_jax.models.encoder import Encoder, EncoderConfig
@@ -108,8 +108,13 @@ class _Tokenizer(Protocol):
     vocab_size: int
 
 
-def load_llama(folder: str | Path) -> Llama:
-    """The language model of a folder, on the current mesh, weights in float32.
+def load_llama(folder: str | Path, dtype: DTypeLike = np.float32) -> Llama:
+    """The language model of a folder, on the current mesh.
+
+    Args:
+        folder: Hugging Face folder.
+        dtype: of the weights in memory: float32 to train them. What only reads with
+            them loses nothing by that of its compute, to which they are cast anyway.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
@@ -119,7 +124,7 @@ def load_llama(folder: str | Path) -> Llama:
     config = read_llama_config(folder)
     rows = [row for row in LLAMA if not (config.tied and row.ours == "head")]
     ignored = (*IGNORED, "lm_head.") if config.tied else IGNORED
-    return _load(folder, lambda key: Llama(config, key), rows, ignored)
+    return _load(folder, lambda key: Llama(config, key), rows, ignored, dtype=dtype)
 
 
 def load_encoder(
@@ -147,6 +152,7 @@ def _load(
     rows: Sequence[Row],
     ignored: Sequence[str],
     prefix: str = "",
+    dtype: DTypeLike = np.float32,
 ) -> Model:
     """Fill the abstract model array by array; each device's part is read alone."""
     if jax.sharding.get_mesh().empty:
@@ -168,7 +174,7 @@ def _load(
     for path, leaf in leaves:
         # nnx.Param wraps its array in a last step of the path, ``value``.
         row = table[".".join(str(part.name) for part in path[:-1])]
-        filled.append(_place(folder, row, leaf, tensors, used))
+        filled.append(_place(folder, row, leaf.update(dtype=dtype), tensors, used))
     unknown = sorted(
         name
         for name in set(tensors) - used
@@ -213,9 +219,12 @@ def _place(
     def read_once(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         index = tuple(slice(*pair) for pair in bounds)
         if not stacked:
-            return read_part(tensors[names[0]].parts, row, sizes, index)
+            part = read_part(tensors[names[0]].parts, row, sizes, index)
+            return part.astype(leaf.dtype, copy=False)
         parts = [
-            read_part(tensors[name].parts, row, sizes, index[1:])
+            read_part(tensors[name].parts, row, sizes, index[1:]).astype(
+                leaf.dtype, copy=False
+            )
             for name in names[index[0]]
         ]
         return np.stack(parts)

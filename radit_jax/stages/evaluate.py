@@ -51,6 +51,8 @@ from radit_jax.stages.shots import Shots
 from radit_jax.stages.stage import (
     Stage,
     check_counts,
+    check_language_model,
+    compute_dtype,
     field_fingerprint,
     lm_folder,
     run,
@@ -110,9 +112,11 @@ class Question(NamedTuple):
 
 def settings(config: ConfigDict) -> Mapping[str, Any]:
     """The evaluate section, the untuned model and how prompts begin; and the questions,
-    where these do not come from an artifact."""
+    where these do not come from an artifact. Not the mesh."""
     questions = {} if "retrieved" in inputs(config) else data_settings(config)
-    return section(config.evaluate) | {
+    own = section(config.evaluate)
+    del own["mesh"]
+    return own | {
         **questions,
         "lm": field_fingerprint(config, "lm"),
         "target": config.r_ft.target,
@@ -322,6 +326,16 @@ def weights_temperature(config: ConfigDict) -> float:
     return score_temperature(config, "evaluate.score_temperature")
 
 
+def check(config: ConfigDict) -> None:
+    """Stop before a chain starts.
+
+    Raises:
+        ValueError: as ``weights_temperature`` and ``check_language_model``.
+    """
+    weights_temperature(config)
+    check_language_model(config)
+
+
 def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     """Run every system and write the report; finished systems are kept."""
     check_settings(config)
@@ -339,8 +353,8 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     shots = Shots(config, store, by_dataset)
     tokenizer = load_tokenizer(lm_folder(config))
     loaders: dict[bool, Callable[[], Llama]] = {
-        False: lambda: load_llama(lm_folder(config)),
-        True: lambda: load_finetuned(config),
+        False: lambda: load_llama(lm_folder(config), compute_dtype(config)),
+        True: lambda: load_finetuned(config, compute_dtype(config)),
     }
     files = {
         name: folder / "systems" / f"{name.replace(' ', '_')}.jsonl" for name in systems
@@ -456,4 +470,7 @@ def show(config: ConfigDict) -> None:
         )
 
 
-STAGE = Stage("report", inputs, ("lm",), settings, build, weights_temperature)
+STAGE = Stage(
+    *("report", inputs, ("lm",), settings, build, check),
+    mesh=lambda config: config.evaluate.mesh,
+)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -39,6 +40,7 @@ from radit_jax.stages.stage import (
     Stage,
     attention_kernel,
     check_counts,
+    check_language_model,
     compute_dtype,
     field_fingerprint,
     lm_folder,
@@ -348,12 +350,23 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     return {**found, "weights": weights}
 
 
-def load_finetuned(config: ConfigDict) -> Llama:
-    """The best checkpoint of the finished stage, on the current mesh."""
+def load_finetuned(config: ConfigDict, dtype: DTypeLike | None = None) -> Llama:
+    """The best checkpoint of the finished stage, on the current mesh.
+
+    Args:
+        config: the recipe.
+        dtype: of the weights in memory; None: as they were trained.
+    """
     shape = read_llama_config(lm_folder(config))
     return load_checkpoint(
-        Path(config.workdir) / "lm_ft", METRIC, lambda key: Llama(shape, key)
+        Path(config.workdir) / "lm_ft",
+        METRIC,
+        lambda key: Llama(shape, key),
+        dtype=dtype,
     )
 
 
-STAGE = Stage("lm_ft", ("passages", "retrieved"), ("lm",), settings, build)
+STAGE = Stage(
+    *("lm_ft", ("passages", "retrieved"), ("lm",), settings, build),
+    check_language_model,
+)

@@ -35,6 +35,7 @@ from radit_jax.stages.stage import (
     Stage,
     attention_kernel,
     check_counts,
+    check_language_model,
     compute_dtype,
     field_fingerprint,
     lm_folder,
@@ -198,7 +199,8 @@ def build(config: ConfigDict, folder: Path) -> Mapping[str, Any]:
     check_settings(config)
     store = PassageStore(Path(config.workdir) / "passages")
     tokenizer = load_tokenizer(lm_folder(config))
-    scorer = Scorer(config, load_llama(lm_folder(config)), tokenizer)
+    model = load_llama(lm_folder(config), compute_dtype(config))
+    scorer = Scorer(config, model, tokenizer)
     parts = _parts(config)
     size = config.lm_score.shard_size
     examples = [example for part in parts.values() for example in part.examples]
@@ -304,4 +306,7 @@ def _write_scores(
         )
 
 
-STAGE = Stage("scored", ("passages", "retrieved"), ("lm",), settings, build)
+STAGE = Stage(
+    *("scored", ("passages", "retrieved"), ("lm",), settings, build),
+    check_language_model,
+)

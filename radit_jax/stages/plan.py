@@ -6,6 +6,7 @@ the least time that can take, and what to change where it does not fit.
 
 import difflib
 import hashlib
+import heapq
 import importlib.metadata
 import json
 import logging
@@ -49,11 +50,14 @@ class Choice(NamedTuple):
             text += f", remat {self.remat}, micro-batches {self.micro_batches}"
         return text
 
-    @property
-    def flags(self) -> str:
-        """For the stage's own command line."""
+    def flags(self, section: str) -> str:
+        """For the stage's own command line.
+
+        Args:
+            section: of the config, that has the mesh.
+        """
         mesh = " ".join(
-            f"--config.mesh.{axis}={size}"
+            f"--config.{section}.{axis}={size}"
             for axis, size in zip(sharding.AXES, self[:3], strict=True)
         )
         if not self.remat:
@@ -82,6 +86,13 @@ class Recipe(NamedTuple):
     def section(self) -> ConfigDict:
         """Of the stage's config, where the settings are."""
         return self.config[SECTIONS.get(self.stage, self.stage)]
+
+    @property
+    def mesh(self) -> str:
+        """Where in the stage's config its mesh is."""
+        if "mesh" in self.section:
+            return f"{SECTIONS.get(self.stage, self.stage)}.mesh"
+        return "mesh"
 
 
 def recipe(config: ConfigDict, name: str, target: str) -> Recipe:
@@ -116,9 +127,8 @@ def first_choice(config: ConfigDict, wanted: Recipe) -> Choice:
     Raises:
         ValueError: the mesh does not multiply to the chips of the slice.
     """
-    sizes = {
-        axis: config.mesh[axis] or wanted.config.mesh[axis] for axis in sharding.AXES
-    }
+    of_stage = wanted.section.get("mesh", wanted.config.mesh)
+    sizes = {axis: config.mesh[axis] or of_stage[axis] for axis in sharding.AXES}
     if wanted.target.copies > 1 and not config.mesh.data:
         # Slices are replicas: little crosses the network between them.
         sizes[sharding.DATA] = wanted.target.copies
@@ -149,15 +159,23 @@ def neighbours(choice: Choice) -> Iterator[Choice]:
             yield choice._replace(remat=LADDER[-1])
         if choice.tensor > 1:
             yield choice._replace(sequence=not choice.sequence)
-    if choice.data > 1:
-        yield choice._replace(data=1, fsdp=choice.fsdp * choice.data)
-    for tensor, fsdp in (
-        (choice.tensor * 2, choice.fsdp // 2),
-        (choice.tensor // 2, choice.fsdp * 2),
+    for fewer, more in (
+        *((sharding.DATA, sharding.FSDP), (sharding.DATA, sharding.TENSOR)),
+        *((sharding.FSDP, sharding.TENSOR), (sharding.TENSOR, sharding.FSDP)),
+        *((sharding.TENSOR, sharding.DATA), (sharding.FSDP, sharding.DATA)),
     ):
-        if tensor * fsdp == choice.tensor * choice.fsdp:
-            sequence = choice.sequence and tensor > 1
-            yield choice._replace(tensor=tensor, fsdp=fsdp, sequence=sequence)
+        if more == sharding.DATA and choice.remat:
+            # Replicas of optimizer states take memory and save nothing.
+            continue
+        sizes = dict(zip(sharding.AXES, choice[:3], strict=True))
+        if sizes[fewer] % 2 == 0:
+            sizes[fewer] //= 2
+            sizes[more] *= 2
+            sequence = choice.sequence and sizes[sharding.TENSOR] > 1
+            data, fsdp, tensor = sizes.values()
+            yield choice._replace(
+                data=data, fsdp=fsdp, tensor=tensor, sequence=sequence
+            )
     if choice.remat:
         if parts % 2 == 0:
             yield choice._replace(micro_batches=parts // 2)
@@ -185,6 +203,14 @@ class Plan(NamedTuple):
     def fits(self) -> bool:
         """Whether it runs at all."""
         return not self.compiled.refused and self.memory.total <= self.usable
+
+    @property
+    def rank(self) -> tuple[bool, float]:
+        """Lower is better: what fits, and of that the fastest if the interconnect is
+        never hidden; of what does not fit, what needs the least memory."""
+        if self.fits:
+            return False, self.bounds.one_by_one / self.program.items
+        return True, float(self.memory.total)
 
     @property
     def utilisation(self) -> float:
@@ -307,7 +333,7 @@ def make(wanted: Recipe, choice: Choice) -> Plan:
 def search(
     wanted: Recipe, start: Choice, seconds: float, stop_at_fit: bool
 ) -> list[Plan]:
-    """Plans of a recipe, the first choice first, then what is nearest to it.
+    """Plans of a recipe: the first choice, then neighbours of the best one so far.
 
     Args:
         wanted: the recipe.
@@ -316,9 +342,11 @@ def search(
         stop_at_fit: end with the first plan that fits.
     """
     end = time.monotonic() + seconds
-    queue, seen, plans = [start], {start}, []
+    seen, plans = {start}, []
+    # By how good the plan was that a choice is a neighbour of, then first come.
+    queue: list[tuple[tuple[bool, float], int, Choice]] = [((False, 0.0), 0, start)]
     while queue:
-        choice = queue.pop(0)
+        _, _, choice = heapq.heappop(queue)
         try:
             plans.append(make(wanted, choice))
         except ValueError as error:
@@ -333,14 +361,14 @@ def search(
             break
         for other in neighbours(choice):
             if other not in seen:
+                heapq.heappush(queue, (plans[-1].rank, len(seen), other))
                 seen.add(other)
-                queue.append(other)
     return plans
 
 
 def ranked(plans: list[Plan]) -> list[Plan]:
-    """Those that fit first; the fastest without any overlap first among them."""
-    return sorted(plans, key=lambda p: (not p.fits, p.bounds.one_by_one))
+    """The best first."""
+    return sorted(plans, key=lambda p: p.rank)
 
 
 def settings(config: ConfigDict, name: str, target: str) -> Mapping[str, Any]:
@@ -386,12 +414,15 @@ def show(config: ConfigDict) -> None:
             "tried": [
                 {
                     "choice": str(p.choice),
-                    "flags": p.choice.flags,
+                    "flags": p.choice.flags(wanted.mesh),
                     "fits": p.fits,
                     "total": p.memory.total,
                     "step": p.bounds.step,
                     "one_by_one": p.bounds.one_by_one,
                     "utilisation": p.utilisation,
+                    "items_per_second": p.program.items / p.bounds.step,
+                    "items_per_second_one_by_one": p.program.items
+                    / p.bounds.one_by_one,
                 }
                 for p in (ranked(plans) if config.search else plans)
             ]

@@ -34,7 +34,10 @@ DTYPE = jnp.dtype(jnp.bfloat16)
 WEIGHTS, OPTIMIZER, BATCH = "weights", "optimizer state", "batch and counters"
 INDEX, CACHE = "embeddings of the passages", "keys and values of prompts"
 # Sections of the config that a program's settings are in, where they are not its name.
-SECTIONS = {"embed": "index", "search": "retrieve", "generate": "evaluate"}
+SECTIONS = {
+    **{"embed": "index", "search": "retrieve"},
+    **{"prefill": "evaluate", "generate": "evaluate"},
+}
 
 
 class Program(NamedTuple):
@@ -105,11 +108,9 @@ def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     """A batch of stage ``lm_score``: packed rows, answers after their passages."""
     section, model = config.lm_score, llama_config(shape)
     B, L, T = section.rows, section.row_tokens, section.row_targets
-    key = _key()
     kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
     with aot.tracing(mesh):
         scoring.check_rows("lm_score", section)
-        weights = jax.eval_shape(lambda key: Llama(model, key), key)
 
     def of(length: int, dtype: Any = jnp.int32) -> Any:
         return aot.array(mesh, (B, length), dtype, sharding.ROWS_BL)
@@ -117,12 +118,46 @@ def lm_score_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     batch = Packed(of(L), of(L), of(L), of(T), of(T), of(T, jnp.float32))
     return Program(
         scoring.make_score(DTYPE, kernel),
-        (aot.on(mesh, weights), batch, of(L)),
+        (_weights(model, mesh), batch, of(L)),
         {"model": WEIGHTS},
         B * L * lm_ft.flops_per_token(model, float(L), T / L) / 3,
         B * L,
         "tokens",
         shape.pairs * shape.pair_tokens / (B * L),
+    )
+
+
+def _prompts(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> tuple[Any, ...]:
+    """What ``generate.prefill`` reads: the model, packed rows, and seeds."""
+    L, Q, new = shape.row_tokens, shape.prompts, shape.new
+    with aot.tracing(mesh):
+        shards = sharding.row_shards()
+        B = config.evaluate.batch_tokens // (L + Q * new) // shards * shards
+        if not B:
+            raise ValueError(
+                f"evaluate.batch_tokens = {config.evaluate.batch_tokens} holds no row "
+                f"of {L} tokens and {Q} x {new} new ones on each of {shards} devices"
+            )
+    rows, prompts = ([jax.ShapeDtypeStruct((B, n), jnp.int32)] for n in (L, Q))
+    packed = aot.on(mesh, PromptRows(*rows * 4, *prompts * 5), default=sharding.ROWS_BL)
+    return _weights(llama_config(shape), mesh), packed, packed.sites_BQ
+
+
+def prefill_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
+    """The reading of a batch of packed prompts of stage ``evaluate``."""
+    model, L, Q = llama_config(shape), shape.row_tokens, shape.prompts
+    kernel = choose_kernel(config.attention, PLATFORM, DTYPE, model.head_size)
+    arguments = _prompts(config, shape, mesh)
+    B = arguments[1].tokens_BL.shape[0]
+    return Program(
+        generate.prefill,
+        arguments,
+        {"model": WEIGHTS},
+        B * L * lm_ft.flops_per_token(model, float(L), Q / L) / 3,
+        B * L,
+        "tokens",
+        shape.answers / (B * Q),
+        {"max_new_tokens": shape.new, "dtype": DTYPE, "kernel": kernel},
     )
 
 
@@ -132,31 +167,18 @@ def generate_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     The state is what ``prefill`` makes of packed prompts.
     """
     model, L, Q, new = llama_config(shape), shape.row_tokens, shape.prompts, shape.new
-    key = _key()
+    arguments = _prompts(config, shape, mesh)
+    B = arguments[1].tokens_BL.shape[0]
     with aot.tracing(mesh):
-        shards = sharding.row_shards()
-        B = config.evaluate.batch_tokens // (L + Q * new) // shards * shards
-        if not B:
-            raise ValueError(
-                f"evaluate.batch_tokens = {config.evaluate.batch_tokens} holds no row "
-                f"of {L} tokens and {Q} x {new} new ones on each of {shards} devices"
-            )
-        weights = jax.eval_shape(lambda key: Llama(model, key), key)
-        rows, prompts = ([jax.ShapeDtypeStruct((B, n), jnp.int32)] for n in (L, Q))
-        packed = aot.on(
-            mesh, PromptRows(*rows * 4, *prompts * 5), default=sharding.ROWS_BL
-        )
         state = jax.eval_shape(
             functools.partial(generate.prefill, max_new_tokens=new, dtype=DTYPE),
-            weights,
-            jax.tree.map(_abstract, packed),
-            _abstract(packed.sites_BQ),
+            *jax.tree.map(_abstract, arguments),
         )
     table = aot.array(mesh, (model.vocab_size,), jnp.bool_, jax.P())
     return Program(
         generate.decode,
         (
-            aot.on(mesh, weights),
+            arguments[0],
             aot.on(mesh, state),
             generate.Stops(table, table, table),
         ),
@@ -268,6 +290,14 @@ def search_step(config: ConfigDict, shape: ConfigDict, mesh: Mesh) -> Program:
     )
 
 
+def _weights(model: LlamaConfig, mesh: Mesh) -> Any:
+    """Of a language model that is not trained: held in the type of compute."""
+    key = _key()
+    with aot.tracing(mesh):
+        weights = jax.eval_shape(lambda key: Llama(model, key), key)
+    return aot.on(mesh, jax.tree.map(lambda x: x.update(dtype=DTYPE), weights))
+
+
 def _state(build: Callable[[Any], Any], tx: Any, key: jax.ShapeDtypeStruct) -> Any:
     """What training of a model starts from."""
     return jax.eval_shape(
@@ -285,6 +315,7 @@ def _key() -> jax.ShapeDtypeStruct:
 BUILDERS: dict[str, Callable[[ConfigDict, ConfigDict, Mesh], Program]] = {
     "lm_ft": lm_ft_step,
     "lm_score": lm_score_step,
+    "prefill": prefill_step,
     "generate": generate_step,
     "r_ft": r_ft_step,
     "embed": embed_step,

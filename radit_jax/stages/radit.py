@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from radit_jax import processes
@@ -42,7 +43,7 @@ def run_chain(config: ConfigDict) -> None:
     Raises:
         ValueError: an unknown stage, or a field that any of the stages needs is not
             set; nothing runs then.
-        ValueError: the mesh does not fit the devices.
+        ValueError: a mesh does not fit the devices, or the language model the mesh.
         FileNotFoundError: a file or folder that any of them needs is not there.
         ValueError: an encoder that normalises, without a temperature of its scores; or
             processes with different files.
@@ -52,7 +53,10 @@ def run_chain(config: ConfigDict) -> None:
         raise ValueError(f"stages: {unknown} not among {', '.join(STAGES)}")
     required = dict.fromkeys(f for name in config.stages for f in STAGES[name].required)
     check_required("radit", tuple(required), config)
-    mesh(config)  # raises if there are other devices than it says
+    for name in config.stages:
+        mesh(
+            STAGES[name].mesh(config)
+        )  # raises if there are other devices than it says
     if "prepare" not in config.stages:
         # Not after hours of indexing. What ``prepare`` makes is not there yet.
         for field in required:
@@ -60,7 +64,8 @@ def run_chain(config: ConfigDict) -> None:
             if "." not in field:
                 existing(config, field)
         for name in config.stages:
-            STAGES[name].check(config)
+            with jax.set_mesh(mesh(STAGES[name].mesh(config))):
+                STAGES[name].check(config)
         if processes.count() > 1:
             found = {name: STAGES[name].settings(config) for name in config.stages}
             processes.check_same("inputs", found)

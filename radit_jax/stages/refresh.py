@@ -14,7 +14,7 @@ from radit_jax.data.tokenize import load_tokenizer
 from radit_jax.models.huggingface import load_llama
 from radit_jax.stages.lm_score import Pairs, Scorer, score_table, texts_of
 from radit_jax.stages.retrieve import Searcher, write_arrays
-from radit_jax.stages.stage import lm_folder
+from radit_jax.stages.stage import compute_dtype, lm_folder
 from radit_jax.stages.targets import Scores
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,6 @@ class Refresher:
         """The language model, once it is needed."""
         if self.scorer is None:
             folder = lm_folder(self.config)
-            self.scorer = Scorer(
-                self.config, load_llama(folder), load_tokenizer(folder)
-            )
+            model = load_llama(folder, compute_dtype(self.config))
+            self.scorer = Scorer(self.config, model, load_tokenizer(folder))
         return self.scorer

@@ -21,6 +21,8 @@ from radit_jax.data.registry import missing
 from radit_jax.mirror import reachable
 from radit_jax.models.attention import Kernel, choose_kernel
 from radit_jax.models.gguf import convert_gguf
+from radit_jax.models.huggingface import read_llama_config
+from radit_jax.models.llama import Llama
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +38,13 @@ class Stage(NamedTuple):
     settings: Callable[[ConfigDict], Mapping[str, Any]]
     # (config, folder to fill) -> counts for the manifest.
     build: Callable[[ConfigDict, Path], Mapping[str, Any]]
-    # Raises if files or settings of its own will not do, before a chain starts.
+    # Raises if files or settings of its own will not do, before a chain starts; on its
+    # own mesh.
     check: Callable[[ConfigDict], object] = lambda config: None
     # Work of the host: one process does it, the others wait.
     alone: bool = False
+    # Sizes of the mesh it runs on.
+    mesh: Callable[[ConfigDict], ConfigDict] = lambda config: config.mesh
 
 
 def run(name: str, stage: Stage, config: ConfigDict) -> Path:
@@ -91,7 +96,10 @@ def run(name: str, stage: Stage, config: ConfigDict) -> Path:
     processes.wait_for(plan.partial / "config.json")
     counts: Mapping[str, Any] = {}
     if processes.first() or not stage.alone:
-        with jax.set_mesh(mesh(config, stage.alone)):
+        on = mesh(stage.mesh(config))
+        if stage.alone and processes.count() > 1:
+            on = sharding.make_mesh(devices=jax.local_devices()[:1])
+        with jax.set_mesh(on):
             counts = stage.build(config, plan.partial)
     processes.barrier(f"{name} is built")
     seconds = time.perf_counter() - start
@@ -162,11 +170,13 @@ def field_fingerprint(config: ConfigDict, field: str) -> str:
     return fingerprint(existing(config, field))
 
 
-def mesh(config: ConfigDict, alone: bool = False) -> jax.sharding.Mesh:
-    """The mesh of a run, or of work that one process does alone."""
-    if alone and processes.count() > 1:
-        return sharding.make_mesh(devices=jax.local_devices()[:1])
-    return sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+def mesh(sizes: ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of a config's sizes.
+
+    Raises:
+        ValueError: as ``sharding.make_mesh``.
+    """
+    return sharding.make_mesh(*(sizes[axis] for axis in sharding.AXES))
 
 
 def compute_dtype(config: ConfigDict) -> jnp.dtype:
@@ -196,6 +206,19 @@ def attention_kernel(config: ConfigDict, head_size: int) -> Kernel:
     """
     dtype = compute_dtype(config)
     return choose_kernel(config.attention, jax.default_backend(), dtype, head_size)
+
+
+def check_language_model(config: ConfigDict) -> None:
+    """Stop before any work if the model, of which only the shape is read, will not do.
+
+    Raises:
+        FileNotFoundError: a file of the model is missing.
+        ValueError: it does not divide over the current mesh, or ``config.attention``
+            cannot run.
+    """
+    shape = read_llama_config(lm_folder(config))
+    jax.eval_shape(lambda: Llama(shape, jax.random.key(0)))
+    attention_kernel(config, shape.head_size)
 
 
 def lm_folder(config: ConfigDict) -> Path:

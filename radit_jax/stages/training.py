@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
@@ -182,7 +183,11 @@ def write_seen(
 
 
 def load_checkpoint(
-    folder: Path, metric: Metric, build: Callable[[Array], Model], last: bool = False
+    folder: Path,
+    metric: Metric,
+    build: Callable[[Array], Model],
+    last: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> Model:
     """The best or the last checkpoint of a finished run, on the current mesh.
 
@@ -191,6 +196,7 @@ def load_checkpoint(
         metric: that it was trained with.
         build: makes the model from a key; only its shape is asked for.
         last: the newest rather than the best.
+        dtype: of the weights in memory; None: as they were trained.
 
     Raises:
         ValueError: there is no checkpoint.
@@ -200,4 +206,4 @@ def load_checkpoint(
         step = processes.from_first(checkpoints.latest if last else checkpoints.best)
         if step is None:
             raise ValueError(f"{checkpoints.folder}: no checkpoint")
-        return checkpoints.restore(step, {PARAMS: shape})[PARAMS]
+        return checkpoints.restore(step, {PARAMS: shape}, dtype)[PARAMS]
