@@ -3,12 +3,12 @@
     python -m pip install -e ".[cuda]"
     python benchmarks/gpu.py
 
-Llama-3.2-1B's shape with random weights, in bfloat16 with float32 master weights and
-optimizer moments, on all GPUs of this machine (one copy of the weights shared by all).
-Rows of 2048 tokens are full of segments of 512, of which the last 128 carry loss. The
-step and the scoring program are the stages' own, once for each kernel of attention;
-repeats take turns, the last number is the ratio of the two kernels in this run.
-Without a GPU it says so and ends with status 1.
+Llama-3.2-1B's shape with random weights, in bfloat16, in training with float32 master
+weights and optimizer moments, on all GPUs of this machine (one copy of the weights
+shared by all). Rows of 2048 tokens are full of segments of 512, of which the last 128
+carry loss. The step and the scoring program are the stages' own, once for each kernel
+of attention; repeats take turns, the last number is the ratio of the two kernels in
+this run. Without a GPU it says so and ends with status 1.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def scoring(
     batch = Packed(*map(sharding.put_rows, batch_of(config, rows, length)))
     # All segments of a row go on from its first one.
     prefix_ids_BL = jnp.ones_like(batch.segment_ids_BL)
-    model = weights(config)
+    model = jax.tree.map(lambda x: x.astype(DTYPE), weights(config))
     return lambda: float(score(model, batch, prefix_ids_BL).mean())
 
 

@@ -18,6 +18,10 @@ from ml_collections.config_dict import placeholder
 from configs import lm_ft, prepare, r_ft
 from configs.base import FACTBOOK, PAPER, SMALL, base
 
+# Devices that share a row, where they are not 8; the others hold replicas. By `plan`
+# with `search`, and so that heads divide.
+TENSOR = {"llama_33b": 4, "llama_65b": 16, "llama2_70b": 16, "llama3_70b": 16}
+
 
 def section(config: ConfigDict, variant: str) -> None:
     """Add the stage's fields to a config."""
@@ -60,8 +64,10 @@ def section(config: ConfigDict, variant: str) -> None:
     c.mesh = ConfigDict({size: config.mesh.get_ref(size).to_int() for size in sizes})
     if variant in PAPER:
         # Over fsdp, each step of decoding would gather all weights for one token of
-        # every prompt.
+        # every prompt. Without a variant the devices are not known, and few.
         c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": -1})
+        if variant:
+            c.mesh.update({"data": -1, "tensor": TENSOR.get(variant, 8)})
     if variant in (*FACTBOOK, "tiny"):
         c.score_temperature = 0.05
     if variant in (*SMALL, "tiny"):

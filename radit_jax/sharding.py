@@ -95,7 +95,11 @@ def make_mesh(
     kinds = (AxisType.Explicit,) * 3
     count = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if count == 1:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=devices)
+        # A torus' side is split between axes only where they fit no other way.
+        grid = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+        return Mesh(grid, AXES, axis_types=kinds)
     # Only replicas are joined by the network: they exchange gradients once a step.
     if sizes[0] % count:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from radit_jax import sharding
@@ -111,3 +112,14 @@ def test_devices_are_one_a_chip(name):
     found = slices.devices(target)
     assert len(found) == target.size
     assert len({tuple(device.coords) for device in found}) == target.size
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 8), (2, 16, 2), (1, 2, 32)], ids=str)
+def test_a_mesh_may_split_a_side_of_the_torus(sizes):
+    cube = slices.devices(slices.parse("v5p:4x4x4"))
+    mesh = sharding.make_mesh(*sizes, devices=cube)
+    assert mesh.devices.shape == sizes
+    # Those that share a row fill a box.
+    for row in mesh.devices.reshape(-1, sizes[-1]):
+        places = np.array([device.coords for device in row])
+        assert np.prod(np.ptp(places, axis=0) + 1) == sizes[-1]

@@ -137,7 +137,8 @@ jitted step of each stage for the slice named, on one machine with no TPU, with
   *bare*: if the links never work while the chip computes. Real runs lie around it.
 - */s* and *hours* go with *at most*. *hours* are of the whole run: 500 steps of LM-FT,
   1,850 of R-FT, the answers of all 947,000 examples of R-FT after 10 passages and none,
-  2,500 questions to generate for, 399M passages to embed, 900,000 queries to search.
+  2,500 questions to read (`prefill`) and to answer (`generate`) after 10 passages each,
+  399M passages to embed, 900,000 queries to search.
 - Every plan has its mesh, collectives and largest buffers in `plans/`. For your own:
   `--config configs/plan.py --config.stage_config=STAGE:MODEL --config.slice=...`. Where
   it does not fit, the nearest change that does is looked for, and
@@ -185,7 +186,9 @@ NOTES = """## What the plans show
 - LM-FT keeps all matrix products (`remat=dots`) on these slices. On fewer or smaller
   chips, policies down to `full` trade FLOPs for memory; `plan` finds which fits.
 - Over `fsdp` a decoding step gathers all weights for one token of every prompt, which
-  is many times its other work: generation is planned with all chips on `tensor`.
+  is many times its other work. So `evaluate` has a mesh of its own: some chips share a
+  row, the others are replicas. With more chips to a row each reads fewer weights for a
+  token, and waits for more sums, which plans take to have no latency.
 - Embedding waits for memory: its attention writes all scores. The fused kernel does not
   help (36 % at most): it fills passages of 160 tokens up to 256.
 - Exact search reads every passage once for a block of 128 queries, and `approx_max_k`

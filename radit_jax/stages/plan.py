@@ -129,7 +129,7 @@ def first_choice(config: ConfigDict, wanted: Recipe) -> Choice:
     """
     of_stage = wanted.section.get("mesh", wanted.config.mesh)
     sizes = {axis: config.mesh[axis] or of_stage[axis] for axis in sharding.AXES}
-    if wanted.target.copies > 1 and not config.mesh.data:
+    if wanted.target.copies > 1 and not config.mesh.data and sizes[sharding.DATA] > 0:
         # Slices are replicas: little crosses the network between them.
         sizes[sharding.DATA] = wanted.target.copies
     if -1 not in sizes.values() and not config.mesh.fsdp:
