@@ -1,7 +1,9 @@
 """Names of slices, and the links that a group of chips has."""
 
 import itertools
+import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,6 +96,22 @@ def test_figures_agree_with_what_training_reports():
 
     for name, chip in slices.CHIPS.items():
         assert PEAK_BF16[f"TPU {name}"] == pytest.approx(chip.flops, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    "name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"], ids=lambda n: n[:3]
+)
+def test_memory_of_a_chip_is_what_libtpu_lets_a_program_have(name):
+    target = slices.parse(name)
+    mesh = sharding.make_mesh(4, devices=slices.devices(target))
+    rows = int(target.chip.hbm_gib + 1) * 2**18
+    one = jax.ShapeDtypeStruct(
+        (4, rows, 1024), np.float32, sharding=jax.NamedSharding(mesh, jax.P("data"))
+    )
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+        jax.jit(lambda x: x.sum(2)).lower(one).compile()
+    available = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(refused.value))
+    assert float(available[1]) == target.chip.usable_gib
 
 
 def test_a_mesh_over_slices_has_them_along_data():
