@@ -62,12 +62,13 @@ def section(config: ConfigDict, variant: str) -> None:
     # That of the run, unless it is set.
     sizes = ("data", "fsdp", "tensor")
     c.mesh = ConfigDict({size: config.mesh.get_ref(size).to_int() for size in sizes})
-    if variant in PAPER:
-        # Over fsdp, each step of decoding would gather all weights for one token of
-        # every prompt. Without a variant the devices are not known, and few.
+    # Over fsdp, each step of decoding would gather all weights for one token of every
+    # prompt.
+    if variant == "":
         c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": -1})
-        if variant:
-            c.mesh.update({"data": -1, "tensor": TENSOR.get(variant, 8)})
+    elif variant in PAPER:
+        tensor = TENSOR.get(variant, 8)
+        c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": tensor})
     if variant in (*FACTBOOK, "tiny"):
         c.score_temperature = 0.05
     if variant in (*SMALL, "tiny"):

@@ -8,4 +8,9 @@ install test
 ruff check .
 ruff format --check .
 mypy
-python -m pytest --durations=15 -m "not slow" "$@"
+# All of them: file by file on two processes, which two cores can feed.
+workers=()
+if [[ $# -eq 0 ]]; then
+    workers=(--numprocesses 2 --dist loadfile)
+fi
+python -m pytest --durations=15 -m "not slow" "${workers[@]}" "$@"

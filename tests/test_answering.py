@@ -66,7 +66,7 @@ def reader(config):
     """Makes readers on one device; ``ensemble`` and other settings by name."""
 
     def make(**settings):
-        with jax.set_mesh(mesh(config.evaluate.mesh)):
+        with jax.set_mesh(mesh(config, "evaluate.mesh")):
             changed = config.copy_and_resolve_references()
             for name, value in settings.items():
                 changed.evaluate[name] = value
@@ -75,7 +75,7 @@ def reader(config):
             tokenizer = load_tokenizer(config.lm)
             return Reader(changed, model, tokenizer, True, none)
 
-    with jax.set_mesh(mesh(config.evaluate.mesh)):
+    with jax.set_mesh(mesh(config, "evaluate.mesh")):
         yield make
 
 

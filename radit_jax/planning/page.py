@@ -100,15 +100,15 @@ def of_plan(plan: Mapping[str, Any]) -> str:
     )
     if len(plan.get("tried", ())) > 1:
         lines += table(
-            ("tried", "GiB", "fits", "at most", "step, s", "not overlapped, s"),
+            ("tried", "GiB", "fits", "at most", f"{plan['unit']}/s", "bare"),
             [
                 (
                     t["choice"],
                     f"{t['total'] / GIB:.1f}",
                     "yes" if t["fits"] else "no",
                     f"{100 * t['utilisation']:.1f} %",
-                    f"{t['step']:.3f}",
-                    f"{t['one_by_one']:.3f}",
+                    f"{t['items_per_second']:,.0f}",
+                    f"{t['items_per_second_bare']:,.0f}",
                 )
                 for t in plan["tried"]
             ],

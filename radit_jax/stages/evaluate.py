@@ -472,5 +472,5 @@ def show(config: ConfigDict) -> None:
 
 STAGE = Stage(
     *("report", inputs, ("lm",), settings, build, check),
-    mesh=lambda config: config.evaluate.mesh,
+    mesh="evaluate.mesh",
 )

@@ -417,12 +417,9 @@ def show(config: ConfigDict) -> None:
                     "flags": p.choice.flags(wanted.mesh),
                     "fits": p.fits,
                     "total": p.memory.total,
-                    "step": p.bounds.step,
-                    "one_by_one": p.bounds.one_by_one,
                     "utilisation": p.utilisation,
                     "items_per_second": p.program.items / p.bounds.step,
-                    "items_per_second_one_by_one": p.program.items
-                    / p.bounds.one_by_one,
+                    "items_per_second_bare": p.program.items / p.bounds.one_by_one,
                 }
                 for p in (ranked(plans) if config.search else plans)
             ]

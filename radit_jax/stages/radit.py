@@ -53,10 +53,8 @@ def run_chain(config: ConfigDict) -> None:
         raise ValueError(f"stages: {unknown} not among {', '.join(STAGES)}")
     required = dict.fromkeys(f for name in config.stages for f in STAGES[name].required)
     check_required("radit", tuple(required), config)
-    for name in config.stages:
-        mesh(
-            STAGES[name].mesh(config)
-        )  # raises if there are other devices than it says
+    # Each raises if there are other devices than it says.
+    meshes = {name: mesh(config, STAGES[name].mesh) for name in config.stages}
     if "prepare" not in config.stages:
         # Not after hours of indexing. What ``prepare`` makes is not there yet.
         for field in required:
@@ -64,7 +62,7 @@ def run_chain(config: ConfigDict) -> None:
             if "." not in field:
                 existing(config, field)
         for name in config.stages:
-            with jax.set_mesh(mesh(STAGES[name].mesh(config))):
+            with jax.set_mesh(meshes[name]):
                 STAGES[name].check(config)
         if processes.count() > 1:
             found = {name: STAGES[name].settings(config) for name in config.stages}

@@ -43,8 +43,8 @@ class Stage(NamedTuple):
     check: Callable[[ConfigDict], object] = lambda config: None
     # Work of the host: one process does it, the others wait.
     alone: bool = False
-    # Sizes of the mesh it runs on.
-    mesh: Callable[[ConfigDict], ConfigDict] = lambda config: config.mesh
+    # Config field of the sizes of its mesh, dotted.
+    mesh: str = "mesh"
 
 
 def run(name: str, stage: Stage, config: ConfigDict) -> Path:
@@ -96,10 +96,11 @@ def run(name: str, stage: Stage, config: ConfigDict) -> Path:
     processes.wait_for(plan.partial / "config.json")
     counts: Mapping[str, Any] = {}
     if processes.first() or not stage.alone:
-        on = mesh(stage.mesh(config))
         if stage.alone and processes.count() > 1:
-            on = sharding.make_mesh(devices=jax.local_devices()[:1])
-        with jax.set_mesh(on):
+            own = sharding.make_mesh(devices=jax.local_devices()[:1])
+        else:
+            own = mesh(config, stage.mesh)
+        with jax.set_mesh(own):
             counts = stage.build(config, plan.partial)
     processes.barrier(f"{name} is built")
     seconds = time.perf_counter() - start
@@ -170,13 +171,17 @@ def field_fingerprint(config: ConfigDict, field: str) -> str:
     return fingerprint(existing(config, field))
 
 
-def mesh(sizes: ConfigDict) -> jax.sharding.Mesh:
-    """The mesh of a config's sizes.
+def mesh(config: ConfigDict, field: str = "mesh") -> jax.sharding.Mesh:
+    """The mesh whose sizes are in a field.
 
     Raises:
-        ValueError: as ``sharding.make_mesh``.
+        ValueError: as ``sharding.make_mesh``; with the field.
     """
-    return sharding.make_mesh(*(sizes[axis] for axis in sharding.AXES))
+    sizes = _value(config, field)
+    try:
+        return sharding.make_mesh(*(sizes[axis] for axis in sharding.AXES))
+    except ValueError as error:
+        raise ValueError(f"--config.{field}: {error}") from error
 
 
 def compute_dtype(config: ConfigDict) -> jnp.dtype:
