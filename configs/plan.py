@@ -55,9 +55,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.slice = ""  # GENERATION:SHAPE, such as v5p:4x4x4; "": of the recipe
     # Changes to the recipe; 0 and "": none.
     c.mesh = ConfigDict({"data": 0, "fsdp": 0, "tensor": 0, "sequence": False})
-    c.remat = ""
     c.rows = 0
+    c.batch_tokens = 0
     c.micro_batches = 0
+    c.remat = ""
     c.search = False  # rank meshes, remat policies and micro-batches
     c.minutes = 10.0  # for looking further than the recipe
     c.all = variant == "scale"

@@ -13,4 +13,4 @@ workers=()
 if [[ $# -eq 0 ]]; then
     workers=(--numprocesses 2 --dist loadfile)
 fi
-python -m pytest --durations=15 -m "not slow" "${workers[@]}" "$@"
+python -m pytest --durations=15 -m "not slow" ${workers[@]+"${workers[@]}"} "$@"

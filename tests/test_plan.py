@@ -114,6 +114,12 @@ def test_command_writes_an_artifact(config, tmp_path, capsys):
         ({"rows": 12}, r"lm_ft\.rows / lm_ft\.micro_batches = 12 rows do not divide"),
         ({"micro_batches": 3}, r"rows = 64 does not divide by lm_ft\.micro_batches"),
         ({"stage_config": "search:wiki_and_web", "rows": 3}, "has no rows"),
+        ({"stage_config": "generate:llama_7b", "rows": 3}, "has no rows"),
+        ({"batch_tokens": 3}, "lm_ft:llama_7b has no batch_tokens"),
+        (
+            {"stage_config": "generate:llama_7b", "batch_tokens": 999},
+            r"evaluate\.batch_tokens = 999 holds no row of 1024 tokens",
+        ),
     ],
 )
 def test_bad_input(config, tmp_path, changes, message):

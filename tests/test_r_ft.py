@@ -414,6 +414,7 @@ def test_processes_share_the_questions():
         part.close()
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_impossible_batches_are_told():
     with pytest.raises(ValueError, match="rows = 11 is more than the 10 training"):
         batches_of([(questions(), 1.0)], 11)

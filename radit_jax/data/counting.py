@@ -26,6 +26,8 @@ class CountingBatches(grain.DatasetIterator):
         columns: what is counted.
     """
 
+    _reading = False  # whether there is something to close
+
     def __init__(
         self,
         start: Callable[[], grain.DatasetIterator[Counted]],
@@ -37,6 +39,7 @@ class CountingBatches(grain.DatasetIterator):
         self.columns = tuple(columns)
         self.counts = np.zeros((len(self.names), len(self.columns)), np.int64)
         self._batches = start()
+        self._reading = True
 
     def __next__(self) -> Any:
         """The next batch, numpy."""
@@ -68,9 +71,14 @@ class CountingBatches(grain.DatasetIterator):
         return np.asarray(state["counts"], np.int64)
 
     def close(self) -> None:
-        """Stop reading ahead."""
-        self._batches.close()
-        super().close()
+        """Stop reading ahead.
+
+        Grain asks for it when it forgets an iterator, even one that never began.
+        """
+        if self._reading:
+            self._reading = False
+            self._batches.close()
+            super().close()
 
 
 class Streams:

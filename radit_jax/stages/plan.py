@@ -24,7 +24,7 @@ from radit_jax.planning.bounds import Bounds, bound
 from radit_jax.planning.cost import Cost, count
 from radit_jax.planning.kernels import kernel_flops
 from radit_jax.planning.memory import Memory, measure
-from radit_jax.stages.programs import BUILDERS, SECTIONS, Program
+from radit_jax.stages.programs import BUILDERS, SECTIONS, SIZES, Program
 from radit_jax.stages.stage import section
 
 log = logging.getLogger(__name__)
@@ -113,9 +113,9 @@ def recipe(config: ConfigDict, name: str, target: str) -> Recipe:
     found = Recipe(
         name, chosen.config, chosen.shape, slices.parse(target or chosen.slice)
     )
-    for field in ("remat", "rows", "micro_batches"):
+    for field in ("rows", "batch_tokens", "micro_batches", "remat"):
         if config[field]:
-            if field not in found.section:
+            if field not in SIZES[found.stage]:
                 raise ValueError(f"{field} = {config[field]!r}: {name} has no {field}")
             found.section[field] = config[field]
     return found
@@ -231,8 +231,8 @@ class Plan(NamedTuple):
             "mesh": dict(zip(sharding.AXES, self.choice[:3], strict=True)),
             "settings": {
                 name: stage[name]
-                for name in ("rows", "row_tokens", "row_targets", "batch_tokens")
-                if name in stage
+                for name in SIZES[self.recipe.stage]
+                if name not in Choice._fields
             }
             | (
                 {

@@ -38,6 +38,14 @@ SECTIONS = {
     **{"embed": "index", "search": "retrieve"},
     **{"prefill": "evaluate", "generate": "evaluate"},
 }
+# Settings that decide a program's size.
+SIZES = {
+    "lm_ft": ("rows", "row_tokens", "row_targets", "micro_batches", "remat"),
+    "lm_score": ("rows", "row_tokens", "row_targets"),
+    "r_ft": ("rows",),
+    **dict.fromkeys(("prefill", "generate", "embed"), ("batch_tokens",)),
+    "search": (),
+}
 
 
 class Program(NamedTuple):
