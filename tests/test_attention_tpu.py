@@ -15,6 +15,8 @@ from radit_jax.models.attention import Kernel
 from radit_jax.models.llama import Llama, LlamaConfig
 from radit_jax.planning import aot, slices
 
+pytest.importorskip("libtpu", reason="libtpu has wheels for Linux on x86-64 only")
+
 ROWS, L, T = 8, 256, 32
 CONFIG = LlamaConfig(
     vocab_size=512,

@@ -13,6 +13,8 @@ from radit_jax.stages import plan
 from radit_jax.stages.plan import Choice
 from radit_jax.stages.programs import BUILDERS
 
+pytest.importorskip("libtpu", reason="libtpu has wheels for Linux on x86-64 only")
+
 ROOT = Path(__file__).parents[1]
 # Seconds each to compile; between them every kind of step.
 COMPILED_AGAIN = (

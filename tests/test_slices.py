@@ -1,5 +1,6 @@
 """Names of slices, and the links that a group of chips has."""
 
+import importlib.util
 import itertools
 import re
 
@@ -9,6 +10,11 @@ import pytest
 
 from radit_jax import sharding
 from radit_jax.planning import slices
+
+with_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu has wheels for Linux on x86-64 only",
+)
 
 
 def test_names():
@@ -98,6 +104,7 @@ def test_figures_agree_with_what_training_reports():
         assert PEAK_BF16[f"TPU {name}"] == pytest.approx(chip.flops, rel=0.005)
 
 
+@with_libtpu
 @pytest.mark.parametrize(
     "name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"], ids=lambda n: n[:3]
 )
@@ -114,6 +121,7 @@ def test_memory_of_a_chip_is_what_libtpu_lets_a_program_have(name):
     assert float(available[1]) == target.chip.usable_gib
 
 
+@with_libtpu
 def test_a_mesh_over_slices_has_them_along_data():
     devices = slices.devices(slices.parse("2xv5e:4x4"))
     mesh = sharding.make_mesh(4, -1, 2, devices=devices)
@@ -124,6 +132,7 @@ def test_a_mesh_over_slices_has_them_along_data():
         sharding.make_mesh(1, 32, 1, devices=devices)
 
 
+@with_libtpu
 @pytest.mark.parametrize("name", ["v4:2x2x2", "v5e:1x1", "v5e:4x8", "v5p:2x2x1"])
 def test_devices_are_one_a_chip(name):
     target = slices.parse(name)
@@ -132,6 +141,7 @@ def test_devices_are_one_a_chip(name):
     assert len({tuple(device.coords) for device in found}) == target.size
 
 
+@with_libtpu
 @pytest.mark.parametrize("sizes", [(8, 1, 8), (2, 16, 2), (1, 2, 32)], ids=str)
 def test_a_mesh_may_split_a_side_of_the_torus(sizes):
     cube = slices.devices(slices.parse("v5p:4x4x4"))
