@@ -193,7 +193,8 @@ NOTES = """## What the plans show
   help (36 % at most): it fills passages of 160 tokens up to 256.
 - Exact search reads every passage once for a block of 128 queries, and `approx_max_k`
   (expected recall 0.95 on each chip) keeps scores out of memory. 399M passages of 768
-  numbers in bfloat16 are 571 GiB.
+  numbers in bfloat16 are 571 GiB. [retrieval.md](retrieval.md) has what they cost on
+  other slices, on disk, and with ScaNN on hosts.
 """
 
 
