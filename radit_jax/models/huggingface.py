@@ -218,16 +218,15 @@ def _place(
     @functools.cache
     def read_once(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
         index = tuple(slice(*pair) for pair in bounds)
-        if not stacked:
-            part = read_part(tensors[names[0]].parts, row, sizes, index)
-            return part.astype(leaf.dtype, copy=False)
+        layers, index = (index[0], index[1:]) if stacked else (slice(1), index)
+        # Cast one by one: no stack of them is there in both types.
         parts = [
-            read_part(tensors[name].parts, row, sizes, index[1:]).astype(
+            read_part(tensors[name].parts, row, sizes, index).astype(
                 leaf.dtype, copy=False
             )
-            for name in names[index[0]]
+            for name in names[layers]
         ]
-        return np.stack(parts)
+        return np.stack(parts) if stacked else parts[0]
 
     def read(index: Any) -> np.ndarray:
         # Devices that hold the same part share what is read.

@@ -25,7 +25,7 @@ from radit_jax.planning.cost import Cost, count
 from radit_jax.planning.kernels import kernel_flops
 from radit_jax.planning.memory import Memory, measure
 from radit_jax.stages.programs import BUILDERS, SECTIONS, SIZES, Program
-from radit_jax.stages.stage import section
+from radit_jax.stages.stage import section, value_of
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +83,19 @@ class Recipe(NamedTuple):
         return self.name.split(":")[0]
 
     @property
-    def section(self) -> ConfigDict:
+    def section_name(self) -> str:
         """Of the stage's config, where the settings are."""
-        return self.config[SECTIONS.get(self.stage, self.stage)]
+        return SECTIONS.get(self.stage, self.stage)
+
+    @property
+    def section(self) -> ConfigDict:
+        """The settings."""
+        return self.config[self.section_name]
 
     @property
     def mesh(self) -> str:
-        """Where in the stage's config its mesh is."""
-        if "mesh" in self.section:
-            return f"{SECTIONS.get(self.stage, self.stage)}.mesh"
-        return "mesh"
+        """Field of the stage's config that has the sizes of its mesh, dotted."""
+        return f"{self.section_name}.mesh" if "mesh" in self.section else "mesh"
 
 
 def recipe(config: ConfigDict, name: str, target: str) -> Recipe:
@@ -127,7 +130,7 @@ def first_choice(config: ConfigDict, wanted: Recipe) -> Choice:
     Raises:
         ValueError: the mesh does not multiply to the chips of the slice.
     """
-    of_stage = wanted.section.get("mesh", wanted.config.mesh)
+    of_stage = value_of(wanted.config, wanted.mesh)
     sizes = {axis: config.mesh[axis] or of_stage[axis] for axis in sharding.AXES}
     if wanted.target.copies > 1 and not config.mesh.data and sizes[sharding.DATA] > 0:
         # Slices are replicas: little crosses the network between them.

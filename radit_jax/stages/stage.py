@@ -122,7 +122,7 @@ def check_required(name: str, fields: tuple[str, ...], config: ConfigDict) -> No
     Raises:
         ValueError: naming the fields, and the variants that need none.
     """
-    missing = [field for field in fields if not _value(config, field)]
+    missing = [field for field in fields if not value_of(config, field)]
     if missing:
         flags = " ".join(f"--config.{field}=..." for field in missing)
         raise ValueError(
@@ -133,8 +133,8 @@ def check_required(name: str, fields: tuple[str, ...], config: ConfigDict) -> No
         )
 
 
-def _value(config: ConfigDict, field: str) -> Any:
-    """Of a field by its dotted name."""
+def value_of(config: ConfigDict, field: str) -> Any:
+    """What a field holds, by its dotted name."""
     return functools.reduce(operator.getitem, field.split("."), config)
 
 
@@ -156,7 +156,7 @@ def existing(config: ConfigDict, field: str) -> Path:
         FileNotFoundError: it is not there; with the field, and the nearest name that
             is.
     """
-    path = Path(_value(config, field)).expanduser()
+    path = Path(value_of(config, field)).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"--config.{field}={path}: {missing(path)}")
     return path
@@ -177,7 +177,7 @@ def mesh(config: ConfigDict, field: str = "mesh") -> jax.sharding.Mesh:
     Raises:
         ValueError: as ``sharding.make_mesh``; with the field.
     """
-    sizes = _value(config, field)
+    sizes = value_of(config, field)
     try:
         return sharding.make_mesh(*(sizes[axis] for axis in sharding.AXES))
     except ValueError as error:
